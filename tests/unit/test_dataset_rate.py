@@ -239,5 +239,5 @@ def test_mixture_has_one_rate_per_robot(thirty, tmp_path, robot_file):
         TrainConfig(mixture=(Source(str(ten), file),), fps=10.0, norm_stats="init")
     with pytest.raises(DatasetError, match=r"acts at 10 Hz") as caught:
         open_data(mixture(Source(str(ten), file), Source(str(thirty), robot_file(10))), SIZES)
-    note = f"({thirty} is in a mixture: its options are those of its entry in the recipe.)"
+    note = f"({thirty} is part of a mixture: its options are in its entry in the recipe.)"
     assert caught.value.__notes__ == [note]

@@ -262,7 +262,7 @@ def test_resuming_on_other_data_is_an_error(recipe, tmp_path):
     loop.train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "set")
     write_dataset(tmp_path / "set", episodes=5)
-    with pytest.raises(ValueError, match=r"the dataset is another one than when .* its statistics of state differ"):
+    with pytest.raises(ValueError, match=r"the dataset has changed since .* was saved: its statistics of state differ"):
         loop.train(resume_config(tmp_path / "run").replace(num_steps=6), tmp_path / "run", resume=True)
 
 
@@ -280,7 +280,7 @@ def test_a_run_keeps_the_episodes_that_it_holds_out(recipe, tmp_path):
     assert dataset["held_out"] == others
     assert dataset["episodes"] == 1
     (run / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"run\.json does not tell which episodes the run holds out"):
+    with pytest.raises(ValueError, match=r"run\.json does not say which episodes the run holds out"):
         loop.train(longer, run, resume=True)
 
 
@@ -522,7 +522,7 @@ def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
     shutil.rmtree(before)
     (file,) = (last / state.STATE).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="--resume then begins with the first step: there is none before it"):
+    with pytest.raises(ValueError, match="--resume then starts at the first step: there is no older checkpoint"):
         loop.train(resume_config(run), run, resume=True)
 
 

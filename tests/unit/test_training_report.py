@@ -306,7 +306,7 @@ def test_damaged_files_are_named(tmp_path):
     run = write_run(tmp_path / "run", [metrics_line(1)], tail="\0\0\n[1]\n" + json.dumps(metrics_line(2)) + "\n")
     (run / "run.json").write_text('{"device": ')
     text = page_of(run).text
-    assert "metrics.jsonl has 2 lines that cannot be read, first in line 2; left out here." in text
+    assert "metrics.jsonl has 2 lines that cannot be read, first in line 2; skipped here." in text
     assert "run.json is not valid JSON: Expecting value" in text
     assert "2 steps of" in text
 

@@ -1,1 +1,1 @@
-"""Training: the recipe, the loop, and what it needs."""
+"""Training: recipes, data, the training loop, checkpoints and reports."""

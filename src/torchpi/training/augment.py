@@ -1,8 +1,8 @@
-"""Image augmentation, drawn per sample and applied on the device.
+"""Image augmentation: random parameters per sample, applied on the device.
 
-Geometry (crop, resize, rotation) is one bilinear resampling, not for wrist cameras, whose images move with the hand.
-Colours change in HSV. Source: openpi's `preprocess_observation` and the formulas of augmax, which it uses. There the
-saturation has no effect and all cameras of a sample share one draw, which looks unintended.
+Crop, resizing and rotation are one bilinear resampling; wrist cameras have none, because their images move with the
+hand. Colours change in HSV. Source: openpi's `preprocess_observation` and the formulas of augmax, which it uses. In
+openpi the saturation has no effect and all cameras of a sample share one draw, which looks unintended.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from torchpi.types import Observation
 
 NUM_PARAMETERS = 7
 OFF = np.zeros(NUM_PARAMETERS, np.float32)
-"""Parameters that change nothing but the crop's scale."""
+"""Parameters without any random change; only the crop's scale remains."""
 
 
 def draw(config: Augmentation, rng: np.random.Generator, image_size: int) -> Float32[np.ndarray, "7"]:
     """Draw crop offset (row, column) in pixels, angle in rad, brightness, contrast, saturation and hue of one image.
 
-    The last four are 0 for an image whose colours stay.
+    The last four are 0 for an image whose colours don't change.
     """
-    room = (image_size - _cropped(config, image_size)) / 2
-    scale = [room, room, math.radians(config.degrees)]
+    max_offset = (image_size - _cropped(config, image_size)) / 2
+    scale = [max_offset, max_offset, math.radians(config.degrees)]
     scale += [config.brightness, config.contrast, config.saturation, config.hue]
     values = rng.uniform(-1, 1, NUM_PARAMETERS) * scale
     if config.like_openpi:
-        values[5] = 0  # the library that it uses does not apply the saturation
+        values[5] = 0  # augmax, which openpi uses, does not apply the saturation
     if rng.uniform() >= config.color_probability:
         values[3:] = 0
     return values.astype(np.float32)
@@ -50,7 +50,7 @@ def augment(
     """Augment the images of an observation.
 
     Args:
-        parameters: per camera, the output of `draw` for each sample; on the host.
+        parameters: the output of `draw` for each sample, per camera, on the CPU.
     """
     images = {}
     for camera, image in observation.images.items():
@@ -67,13 +67,13 @@ def augment(
 def warp(
     images: Float32[Tensor, "B h w 3"], offset: Float32[Tensor, "B 2"], angle: Float32[Tensor, " B"], zoom: float
 ) -> Float32[Tensor, "B h w 3"]:
-    """Crop, resize and rotate about the centre, in one bilinear resampling; outside is black.
+    """Crop, resize and rotate about the centre, in one bilinear resampling; pixels outside the image are black.
 
     Args:
         images: in [0, 1], square.
-        offset: of the crop's centre, (row, column) in pixels.
-        angle: in rad.
-        zoom: side of the crop over side of the image.
+        offset: offset of the crop's centre, (row, column) in pixels.
+        angle: rotation in rad.
+        zoom: side of the crop divided by the side of the image.
     """
     centre = (images.shape[1] - 1) / 2
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
@@ -91,9 +91,9 @@ def jitter(
     saturation: Float32[Tensor, " B"],
     hue: Float32[Tensor, " B"],
 ) -> Float32[Tensor, "B h w 3"]:
-    """Change the colours of images in [0, 1]; those whose four parameters are 0 stay as they are.
+    """Change the colours of images in [0, 1]; images whose four parameters are 0 are not changed.
 
-    The parameters are on the host, which decides by them what the device has to do.
+    The parameters are on the CPU, so that choosing the operations needs no wait for the device.
     """
     parameters = torch.stack([brightness, contrast, saturation, hue])
     (changed,) = parameters.any(dim=0).nonzero(as_tuple=True)
@@ -109,19 +109,19 @@ def jitter(
     else:
         out = _from_hsv(_hue(rgb, high, high - low) + h, _toward_one(1 - low / high.clamp_min(1e-12), s), value)
     result = images.clone()
-    result[changed] = torch.where(rgb < 0, rgb, out)  # bars beyond black, as of ImageTransform, have no colour
+    result[changed] = torch.where(rgb < 0, rgb, out)  # padding bars below black, as in ImageTransform, are not changed
     return result
 
 
 def _toward_one(x: Tensor, amount: Tensor) -> Tensor:
-    """Scale x to 0 by -amount where it is negative, and 1 - x to 0 by amount elsewhere."""
+    """Move x toward 0 by the fraction -amount if amount is negative, else toward 1 by the fraction amount."""
     return torch.where(amount < 0, x * (1 + amount), x * (1 - amount) + amount)
 
 
 def _contrast(value: Tensor, amount: Tensor) -> Tensor:
-    """A curve through (0, 0), (½, ½) and (1, 1): steepness `slope` in the middle, its inverse at the ends."""
+    """Apply a curve through (0, 0), (½, ½) and (1, 1), with steepness `slope` in the middle and 1/slope at the ends."""
     slope = torch.tan((amount + 1) * (math.pi / 4))
-    # At slope 1 the curve is the identity, and the formula for its corners divides by 0; any corner serves.
+    # At slope 1 the curve is the identity, and the formula for its corners divides by 0: any corner is right.
     corner = ((slope - slope**2) / (2 * (1 - slope**2))).masked_fill(slope == 1, 0.25)
     middle = slope * (value - 0.5) + 0.5
     upper = value / slope + 1 - 1 / slope
@@ -129,7 +129,7 @@ def _contrast(value: Tensor, amount: Tensor) -> Tensor:
 
 
 def _hue(rgb: Tensor, high: Tensor, chroma: Tensor) -> Tensor:
-    """In turns; 0 for grey."""
+    """Hue in turns; 0 for grey."""
     r, g, b = rgb.unbind(-1)
     safe = chroma.clamp_min(1e-12)
     sector = torch.where(high == r, (g - b) / safe % 6, torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training continues: the state, and of it the policy folder."""
+"""Checkpoints, written while the training continues: the training state, and a policy folder made from it."""
 
 import inspect
 import json
@@ -29,14 +29,14 @@ from torchpi.training.setup import ROBOTS, robot_names
 from torchpi.training.state import CHECKPOINTS, STATE, StateArrays, TrainState, checkpoints
 from torchpi.transforms.normalize import save_norm_stats
 
-# A file is put together in memory before it is written: the smaller, the less memory that takes.
+# Each file is assembled in memory before it is written, so smaller files need less memory.
 _FILE_BYTES = 10**9
 _MAX_SHARD_BYTES = 5 * 10**9
 
 
 def check_torch() -> None:
-    """Find now, and not at the first checkpoint, that this PyTorch can't write those of several processes."""
-    writer = getattr(dcp, "HuggingFaceStorageWriter", None)  # since 2.8; in 2.8 with other arguments
+    """Check now, instead of at the first checkpoint, that this PyTorch can write distributed checkpoints."""
+    writer = getattr(dcp, "HuggingFaceStorageWriter", None)  # PyTorch 2.8 has it with other arguments
     if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
         raise TrainingError(
             f"Training writes its checkpoints with PyTorch 2.9 or newer; this is {torch.__version__}. Install a newer "
@@ -45,10 +45,10 @@ def check_torch() -> None:
 
 
 class Checkpointer:
-    """Writes checkpoints in the background of the training, one at a time.
+    """Writes checkpoints in a background thread, one at a time.
 
-    A checkpoint is complete under its name or not there. Training continues once the tensors are copied, so the CPU
-    needs memory for one copy of the arrays that this process saves, and for a file of them at a time.
+    A folder with a checkpoint's name is always complete. Training continues as soon as the tensors are copied, so the
+    host needs memory for one copy of the arrays that this process saves, and for one file at a time.
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class Checkpointer:
     ) -> None:
         """
         Args:
-            finish: called in the main process, writes the rest of a checkpoint into the folder in which "state" is
-                complete; its second argument is the step.
+            finish: called in the main process with the checkpoint's folder, in which "state" is complete, and the
+                step; writes the rest of the checkpoint.
         """
         self.folder, self.world, self.config, self.finish = run / CHECKPOINTS, world, config, finish
-        # A group of its own: the messages of the writing threads must not meet those of the training.
+        # A group of its own: messages of the writing threads must not mix with those of the training.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # The memory for copies from a GPU is pinned, which makes them faster, and kept, because pinning is slow.
+        # Copies from a GPU go to pinned memory, which is faster; it is kept, because pinning is slow.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
         self._pending: Future[None] | None = None
         self._open_folder()
 
     def _open_folder(self) -> None:
-        """Make the folder, check that all processes see it, and remove the remains of a run that was killed."""
+        """Create the folder, check that all processes see it, and remove incomplete files of a killed run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f".process_{self.world.rank}.tmp").touch()
         self.world.barrier()
@@ -82,43 +82,43 @@ class Checkpointer:
         self.world.barrier()
         if missing:
             raise TrainingError(
-                f"{missing} of the {self.world.size} processes have another folder {self.folder} than process "
+                f"{missing} of the {self.world.size} processes do not share the folder {self.folder} of process "
                 f"{self.world.rank}; put the run where all nodes see the same files."
             )
         if self.world.is_main:
-            for rest in self.folder.glob(".*.tmp"):
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+            for leftover in self.folder.glob(".*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.world.barrier()
 
     def save(self, state: TrainState) -> pathlib.Path:
-        """Start to write a checkpoint of the state as it is now, after the one before is complete; returns its path."""
+        """Start writing a checkpoint of the current state, once the previous one is complete. Returns its path."""
         self.wait()
-        whole = state.tensors()
-        copies = self._stager.stage(own_share(whole, self.world))
-        self._pending = self._thread.submit(self._write, copies, _file_numbers(whole, self.world), state.step)
+        tensors = state.tensors()
+        copies = self._stager.stage(own_share(tensors, self.world))
+        self._pending = self._thread.submit(self._write, copies, _file_numbers(tensors, self.world), state.step)
         return self.folder / f"{state.step:08d}"
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is complete, or has failed, in all processes."""
+        """Wait until all processes have written the pending checkpoint; raise its error if writing failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait for the pending checkpoint, and end the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def _write(self, copies: dict[str, Any], file_numbers: dict[str, int], step: int) -> None:
-        beside = self.folder / f".{step:08d}.tmp"
+        temporary = self.folder / f".{step:08d}.tmp"
         try:
-            self._write_state(copies, file_numbers, beside / STATE)
-            self._in_main(lambda: self._complete(beside, step))
+            self._write_state(copies, file_numbers, temporary / STATE)
+            self._in_main(lambda: self._complete(temporary, step))
         finally:
             if self.world.is_main:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _write_state(self, copies: dict[str, Any], file_numbers: dict[str, int], folder: pathlib.Path) -> None:
         writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
@@ -131,53 +131,55 @@ class Checkpointer:
             raise RuntimeError(f"{folder} was not written: in process {rank}, {error!r}") from failed
 
     def _in_main(self, work: Callable[[], None]) -> None:
-        """Run something in the main process; an error there is one in all."""
-        outcome = [""]
+        """Run a function in the main process; an error there is raised in all processes."""
+        message = [""]
         try:
             if self.world.is_main:
                 work()
         except BaseException as error:
-            outcome = [str(error)]
+            message = [str(error)]
             raise
         finally:
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[0]:
-            raise OSError(f"The main process has failed to write a checkpoint: {outcome[0]}.")
+            dist.broadcast_object_list(message, src=0, group=self._group)
+        if message[0]:
+            raise OSError(f"The main process has failed to write a checkpoint: {message[0]}.")
 
-    def _complete(self, beside: pathlib.Path, step: int) -> None:
+    def _complete(self, temporary: pathlib.Path, step: int) -> None:
         if self.finish is not None:
-            self.finish(beside, step)
-        make_durable(beside)
-        os.rename(beside, self.folder / f"{step:08d}")
-        fsync(self.folder)  # before an older one is removed
+            self.finish(temporary, step)
+        make_durable(temporary)
+        os.rename(temporary, self.folder / f"{step:08d}")
+        fsync(self.folder)  # before an older checkpoint is removed
         self._remove_old()
 
     def _remove_old(self) -> None:
         for old in checkpoints(self.folder.parent)[: -self.config.keep]:
             if not (self.config.keep_every and int(old.name) % self.config.keep_every == 0):
-                # Out of the way first: a kill in the middle must not leave a part under the name.
-                out_of_the_way = self.folder / f".{old.name}.tmp"
-                os.rename(old, out_of_the_way)
-                shutil.rmtree(out_of_the_way)
+                # Renamed first, so that a kill during the removal leaves no incomplete folder with a checkpoint's name.
+                renamed = self.folder / f".{old.name}.tmp"
+                os.rename(old, renamed)
+                shutil.rmtree(renamed)
 
 
 def _file_numbers(tensors: Mapping[str, Tensor], world: World) -> dict[str, int]:
-    """The number of the file of its process that each tensor goes to, from 1."""
+    """Assign each tensor to one of the files of its process, numbered from 1."""
     ends = np.cumsum([local(tensor).nbytes // copy_number(tensor, world)[1] for tensor in tensors.values()])
-    numbers = np.unique(ends // _FILE_BYTES, return_inverse=True)[1]  # without gaps: a tensor may be larger than a file
+    numbers = np.unique(ends // _FILE_BYTES, return_inverse=True)[
+        1
+    ]  # no gaps in the numbers if a tensor is larger than a file
     return dict(zip(tensors, (numbers + 1).tolist(), strict=True))
 
 
 class Exporter:
-    """Writes the policy of a checkpoint: the EMA weights out of its state, and the frozen ones.
+    """Writes the policy folder of a checkpoint, from the EMA weights of its saved state and the frozen weights.
 
-    It runs in the background of the training and in one process, so it reads the saved state instead of the model.
+    It reads the saved state instead of the model, because it runs in one process while the training continues.
     """
 
     def __init__(self, config: TrainConfig, policies: Sequence[Policy]) -> None:
         """
         Args:
-            policies: one per dataset, around one model whose weights are on the CPU and whole.
+            policies: one per dataset, around one model, whose weights are still on the CPU and not sharded.
         """
         self.config, self.policies = config, policies
         model = policies[0].model
@@ -190,7 +192,7 @@ class Exporter:
         }
 
     def write(self, checkpoint: pathlib.Path, step: int) -> None:
-        """Write `checkpoint`/policy, and policy/robots for the other robots of a mixture."""
+        """Write `checkpoint`/policy, with a folder policy/robots/NAME for each further robot of a mixture."""
         arrays = StateArrays(checkpoint / STATE)
         kind = "ema" if self.config.optim.ema_decay else "weights"
 
@@ -207,19 +209,19 @@ class Exporter:
             write_adapter(root, self._adapter, self._adapter_shapes, read)
         names = robot_names([policy.embodiment for policy in self.policies])
         for other, name in zip(self.policies[1:], names[1:], strict=True):
-            # What load_policy takes for another robot: embodiment= and norm_stats=.
-            own = root / ROBOTS / name
-            own.mkdir(parents=True)
+            # The files for load_policy(…, embodiment=, norm_stats=).
+            folder = root / ROBOTS / name
+            folder.mkdir(parents=True)
             document = json.dumps(other.embodiment.to_dict(), indent=2, ensure_ascii=False)
-            (own / "embodiment.json").write_text(f"{document}\n", encoding="utf-8")
-            save_norm_stats(own / "norm_stats.json", other.transforms.norm_stats)
+            (folder / "embodiment.json").write_text(f"{document}\n", encoding="utf-8")
+            save_norm_stats(folder / "norm_stats.json", other.transforms.norm_stats)
 
 
 def _adapter(config: TrainConfig, model: Pi0, lora: LoraConfig) -> Adapter:
     init = config.model.init
     assert init is not None
     address = init if init == "demo" or "://" in init else str(pathlib.Path(init).expanduser().resolve())
-    changed = trainable_parameters(model, config.model.finetune)
-    sha256 = digest([name for name, is_trained in changed.items() if not is_trained], model.get_parameter)
-    trained = tuple(name for name, is_trained in changed.items() if is_trained and not is_lora(name))
+    is_trained = trainable_parameters(model, config.model.finetune)
+    sha256 = digest([name for name in is_trained if not is_trained[name]], model.get_parameter)
+    trained = tuple(name for name in is_trained if is_trained[name] and not is_lora(name))
     return Adapter(lora, trained, Base(address, config.model.frozen_dtype, sha256))

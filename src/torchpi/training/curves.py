@@ -1,4 +1,4 @@
-"""Plots over the steps of a training run: losses, norms, learning rate, speed, success and chunk errors."""
+"""Plots of a training run over its steps: losses, norms, learning rate, speed, success and chunk errors."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_POINTS = 400
-"""More points are drawn as means with their range."""
+"""Longer series are drawn as means of neighbours, with their range."""
 TABLES: Mapping[str, Any] = tomllib.loads((assets() / "training.toml").read_text(encoding="utf-8"))
 """Panels, labels and captions."""
 CHUNK_UNIT = TABLES["panels"][-1]["unit"]
@@ -34,71 +34,72 @@ class Panel:
 
     title: str
     curves: Mapping[str, str]
-    """Labels by key of `series`."""
+    """Labels of the curves, by key of `series`."""
     unit: str
     color: int = 0
-    """In the cycle, of the only curve; several have those of the cycle."""
+    """Index in the colour cycle for a single curve; several curves use the cycle from its start."""
     percent: bool = False
-    """The values are fractions and are shown in percent, from 0."""
+    """True if the values are fractions, to show in percent on an axis from 0."""
     from_zero: bool = False
-    """The axis of values begins at 0, because only large changes matter."""
+    """True if the value axis starts at 0, because only large changes matter."""
 
 
 PANELS = tuple(Panel(**panel) for panel in TABLES["panels"])
 
 
 def panels(lines: Sequence[Line]) -> list[Panel]:
-    """`PANELS`, with the chunk errors of every robot of a mixture of datasets."""
-    *others, errors = PANELS
+    """`PANELS`, with the chunk errors of all robots if the run trains on a mixture."""
     names = robots(lines)
     if len(names) == 1:
         return [*PANELS]
-    curves = {f"chunk_error{ending}": name for ending, name in names.items()}
-    return [*others, dataclasses.replace(errors, curves=curves)]
+    *others, chunk_errors = PANELS
+    curves = {f"chunk_error{suffix}": name for suffix, name in names.items()}
+    return [*others, dataclasses.replace(chunk_errors, curves=curves)]
 
 
 def robots(lines: Sequence[Line]) -> dict[str, str]:
-    """Names of the robots by the endings of their keys of chunk errors: the first robot's have none."""
-    found = {key.removeprefix(_DIMS) for line in lines for key in line if key.startswith(_DIMS)}
-    return {ending: ending.removeprefix("_") or "first robot" for ending in sorted({"", *found})}
+    """Names of the robots, by the suffix of their chunk errors' keys; the first robot's suffix is empty."""
+    suffixes = {key.removeprefix(_DIMS) for line in lines for key in line if key.startswith(_DIMS)}
+    return {suffix: suffix.removeprefix("_") or "first robot" for suffix in sorted({"", *suffixes})}
 
 
-def dimension_panel(curves: Mapping[str, Series], ending: str, title: str) -> Panel | None:
-    """Chunk errors per dimension of a robot, the ten that are the largest at the end; None: there are none."""
-    key = f"{_DIMS}{ending}/"
-    ends = {name: np.nan_to_num(values[-1], nan=-1) for name, (_, values) in curves.items() if name.startswith(key)}
-    largest = sorted(ends, key=lambda name: ends[name], reverse=True)[:_MAX_DIMS]
-    labels = {name: name.removeprefix(key) for name in ends if name in largest}
+def dimension_panel(curves: Mapping[str, Series], suffix: str, title: str) -> Panel | None:
+    """A panel of a robot's chunk errors for the ten dimensions with the largest final error; None without errors."""
+    prefix = f"{_DIMS}{suffix}/"
+    ends = {key: np.nan_to_num(values[-1], nan=-1) for key, (_, values) in curves.items() if key.startswith(prefix)}
+    largest = sorted(ends, key=lambda key: ends[key], reverse=True)[:_MAX_DIMS]
+    labels = {key: key.removeprefix(prefix) for key in ends if key in largest}
     return Panel(title, labels, CHUNK_UNIT, from_zero=True) if labels else None
 
 
 class Thinned(NamedTuple):
-    """A series with at most MAX_POINTS points: each the mean of neighbours, between their smallest and largest."""
+    """A series with at most MAX_POINTS points, each the mean of neighbouring values with their minimum and maximum."""
 
     steps: Float[np.ndarray, " n"]
     mean: Float[np.ndarray, " n"]
-    """NaN where none of the neighbours is finite."""
+    """NaN if none of the neighbours is finite."""
     low: Float[np.ndarray, " n"]
     high: Float[np.ndarray, " n"]
 
 
 def thin(steps: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Thinned:
-    """The series as it is, or in MAX_POINTS groups of neighbours; what is not finite counts as missing."""
+    """Average a series over at most MAX_POINTS groups of neighbours; values that are not finite count as missing."""
     points = []
     for group in np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS) or 1):
         finite = values[group][np.isfinite(values[group])]
-        numbers = (finite.mean(), finite.min(), finite.max()) if len(finite) else (math.nan,) * 3
-        points += [(steps[group].mean(), *numbers)] if len(group) else []
+        if len(group):
+            summary = (finite.mean(), finite.min(), finite.max()) if len(finite) else (math.nan,) * 3
+            points.append((steps[group].mean(), *summary))
     return Thinned(*np.array(points, np.float64).reshape(-1, 4).T)
 
 
 def is_drawable(curves: Mapping[str, Series], panel: Panel) -> bool:
-    """True if the panel has a finite value."""
+    """True if any curve of the panel has a finite value."""
     return any(np.isfinite(curves[key][1]).any() for key in panel.curves if key in curves)
 
 
 def draw_panel(axes: "Axes", curves: Mapping[str, Series], panel: Panel, *, title: str = "") -> None:
-    """Draw a panel; its axis of values is logarithmic where the values span more than a power of ten."""
+    """Draw a panel; its value axis is logarithmic if the values span more than a power of ten."""
     drawn = [np.empty(0)]
     for i, (key, label) in enumerate(panel.curves.items()):
         if key not in curves or not np.isfinite(curves[key][1]).any():
@@ -117,33 +118,34 @@ def draw_panel(axes: "Axes", curves: Mapping[str, Series], panel: Panel, *, titl
         axes.legend(ncols=2 if len(panel.curves) > 4 else 1)
 
 
-def chunk_steps(lines: Sequence[Line], ending: str) -> list[tuple[int, list[Any]]]:
-    """A robot's errors over the steps of a chunk, after the step of each evaluation."""
-    found = [(line["step"], line.get(f"{_STEPS}{ending}")) for line in lines]
-    return [(step, errors) for step, errors in found if isinstance(errors, list)]
+def chunk_steps(lines: Sequence[Line], suffix: str) -> list[tuple[int, list[Any]]]:
+    """The training step of each evaluation, with a robot's errors over the steps of a chunk."""
+    evaluations = [(line["step"], line.get(f"{_STEPS}{suffix}")) for line in lines]
+    return [(step, errors) for step, errors in evaluations if isinstance(errors, list)]
 
 
 def draw_chunk_steps(axes: "Axes", evaluations: Sequence[tuple[int, list[Any]]]) -> None:
-    """Draw up to six evaluations of `chunk_steps`; the later, the stronger the line."""
+    """Draw up to six evaluations of `chunk_steps`; later ones have stronger lines."""
     count = min(_MAX_EVALUATIONS, len(evaluations))
-    chosen = sorted({round(place) for place in np.linspace(0, len(evaluations) - 1, count)})
-    for i, place in enumerate(chosen):
-        step, errors = evaluations[place]
+    indices = sorted({round(index) for index in np.linspace(0, len(evaluations) - 1, count)})
+    for i, index in enumerate(indices):
+        step, errors = evaluations[index]
+        is_last = i + 1 == len(indices)
         axes.plot(
             np.array([number(value) for value in errors], np.float64),
             color=CYCLE[1],
-            alpha=(i + 2) / (len(chosen) + 1),
-            linewidth=1.2 + 0.8 * (i + 1 == len(chosen)),
+            alpha=(i + 2) / (len(indices) + 1),
+            linewidth=2.0 if is_last else 1.2,
             marker=marker(len(errors), 20),
             label=f"after {step} steps",
         )
     label_axes(axes, x="step of the chunk", y=CHUNK_UNIT)
     scale_values(axes, np.empty(0), from_zero=True)
-    axes.legend(ncols=2 if len(chosen) > 3 else 1)
+    axes.legend(ncols=2 if len(indices) > 3 else 1)
 
 
 def plot_curves(metrics: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw metrics.jsonl into a .png file: the panels that have values."""
+    """Plot the panels of a metrics.jsonl that have values into a .png file."""
     lines = without_overtaken(read_metrics(metrics))
     curves = series(lines)
     shown = [panel for panel in panels(lines) if is_drawable(curves, panel)] or [PANELS[0]]

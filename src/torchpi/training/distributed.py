@@ -1,8 +1,8 @@
 """Training in several processes.
 
-Every process computes its part of each batch. "ddp" keeps the whole model in each and averages the gradients; "fsdp"
-keeps a shard of every weight, gradient and moment in each (FSDP2, `fully_shard`); "hybrid" does so within groups of
-processes, usually those of a node, and averages over the groups. All three compute the same.
+Every process computes its share of each batch. With "ddp" every process holds the whole model, and gradients are
+averaged. With "fsdp" every process holds a shard of every weight, gradient and moment (FSDP2, `fully_shard`). "hybrid"
+shards within groups of processes, usually a node, and averages over the groups. All three compute the same updates.
 """
 
 import contextlib
@@ -28,59 +28,59 @@ from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import layers
 
 PATIENCE = datetime.timedelta(days=1)
-"""Timeout for a process that writes, downloads or simulates. One that has ended is noticed at once."""
+"""Timeout while another process writes, downloads or simulates. A process that has died is noticed at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees them."""
+    """This process among all processes of the run."""
 
     rank: int
     size: int
     device: torch.device
     group: Any
-    """A process group on the CPU, with `PATIENCE`."""
+    """A CPU process group with the timeout `PATIENCE`."""
 
     @property
     def is_main(self) -> bool:
-        """This process writes and prints."""
+        """True for the process that writes and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all processes, however long one of them takes."""
+        """Wait for all processes, up to `PATIENCE`."""
         dist.barrier(group=self.group)
 
 
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[World]:
-    """Join the processes that torchrun has started; without torchrun there is one.
+    """Join the processes that torchrun has started; without torchrun there is only this one.
 
     Args:
-        device: "cpu", or "cuda": then each process has the GPU of its local rank; None: cuda where there is one.
+        device: "cpu", or "cuda" for the GPU of each process' local rank; None: cuda if available.
     """
-    own, several = usable_device(device), "WORLD_SIZE" in os.environ
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-    if own.type == "cuda":
-        if own.index is None:
-            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if several else 0)
-        torch.cuda.set_device(own)
-    if several:
+    own_device, under_torchrun = usable_device(device), "WORLD_SIZE" in os.environ
+    backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
+    if own_device.type == "cuda":
+        if own_device.index is None:
+            own_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if under_torchrun else 0)
+        torch.cuda.set_device(own_device)
+    if under_torchrun:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with warnings.catch_warnings():
-            # FSDP2 warns of views that leave a module (values, chunks), because nobody may write to them; nobody does.
+            # FSDP2 warns about views returned by a module (values, chunks), because they must not be written to.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             if dist.get_rank():
-                warnings.simplefilter("ignore")  # the main process gives them
+                warnings.simplefilter("ignore")  # the main process shows the warnings
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
-            yield World(dist.get_rank(), dist.get_world_size(), own, group)
+            yield World(dist.get_rank(), dist.get_world_size(), own_device, group)
     finally:
-        # What owns a backend last joins its threads. DistributedDataParallel, freed later, would do it with the
-        # interpreter's lock, for which one of them may wait; Python's own reference is freed without it.
+        # The last owner of a backend joins its threads. DistributedDataParallel, freed later, would do it while holding
+        # the GIL, and a thread that waits for the GIL would never end. Python references are freed without the GIL.
         assert dist.group.WORLD is not None
-        _latest_backends[:] = [dist.group.WORLD._get_backend(torch.device(kind)) for kind in {"cpu", own.type}]
+        _latest_backends[:] = [dist.group.WORLD._get_backend(torch.device(kind)) for kind in {"cpu", own_device.type}]
         dist.destroy_process_group()
 
 
@@ -94,20 +94,21 @@ class Parallel:
     forward: Callable[..., Tensor]
     """`Pi0.forward`."""
     sync_gradients: Callable[[bool], Any]
-    """A context for the forward and backward pass of a micro-batch: True for the last one of an update, which sums the
-    gradients over the processes."""
+    """Context manager for the forward and backward pass of a micro-batch. Its argument is True for the last micro-batch
+    of an update, whose backward pass reduces the gradients over the processes."""
 
 
 def single_process(model: Pi0) -> Parallel:
-    """A model in one process."""
+    """Wrap a model that is trained in one process."""
     return Parallel(model, lambda sync: contextlib.nullcontext())
 
 
 def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> Parallel:
-    """Distribute a model over the processes. The main one's weights count; the others' may be on "meta".
+    """Distribute a model over the processes.
 
     Args:
-        model: changed in place: on the world's device, with DTensors as weights where they are sharded.
+        model: moved to the device and sharded in place. The main process' weights are distributed; the other processes
+            may have theirs on "meta".
         shard_size: processes that share one copy of the model, for "hybrid".
     """
     if strategy == "ddp":
@@ -120,7 +121,7 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
     sharded = _shard(model, mesh)
     model.to_empty(device=world.device)
     for name, parameter in model.named_parameters():
-        # One after the other: an array of the main process is freed before the next one is distributed.
+        # One array at a time: the main process frees it before distributing the next one.
         target = parameter.detach()
         assert isinstance(target, DTensor)
         array = whole.pop(name) if world.is_main else torch.empty(target.shape, dtype=target.dtype, device=world.device)
@@ -129,8 +130,8 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
 
     @contextlib.contextmanager
     def sync_gradients(sync: bool) -> Iterator[None]:
-        # Gradients are reduced to shards after each micro-batch and add up there, so that whole ones are never kept;
-        # over the groups of "hybrid", whose connections are slower, they are summed once.
+        # Gradients are reduced to shards after each micro-batch and accumulate there, so no process keeps unsharded
+        # ones. The groups of "hybrid", whose connections are slower, all-reduce only once per update.
         sharded.set_requires_all_reduce(sync)
         yield
 
@@ -138,7 +139,7 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
 
 
 class _ForDDP(nn.Module):
-    """A model for DistributedDataParallel, which without arguments returns a zero that depends on all parameters."""
+    """A model for DistributedDataParallel; without arguments it returns a zero that depends on all parameters."""
 
     def __init__(self, model: Pi0) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ def _replicate(model: Pi0, world: World) -> Parallel:
         if sync:
             yield
             return
-        # Gradients add up in the buckets: of their own they would be a second set.
+        # Gradients accumulate in the buckets: separate gradients would take their memory a second time.
         if not buckets:
             buckets.update(_gradients_in_buckets(ddp))
         for parameter, gradient in buckets.items():
@@ -178,19 +179,19 @@ def _replicate(model: Pi0, world: World) -> Parallel:
 
 
 def _gradients_in_buckets(ddp: nn.parallel.DistributedDataParallel) -> dict[nn.Parameter, Tensor]:
-    """Each trainable parameter's gradient in the buckets that are summed over the processes."""
+    """The view of each trainable parameter's gradient in the all-reduce buckets."""
     parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
-    found: dict[nn.Parameter, Tensor] = {}
-    for _ in range(2):  # after the first backward pass the buckets are laid out anew
+    gradients: dict[nn.Parameter, Tensor] = {}
+    for _ in range(2):  # DDP rebuilds the buckets after the first backward pass
         ddp().backward()
-        found = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+        gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         for parameter in parameters:
             parameter.grad = None
-    return found
+    return gradients
 
 
 def num_shards(strategy: str, world_size: int, shard_size: int) -> int:
-    """The processes that share one copy of the model."""
+    """Number of processes that share one copy of the model."""
     if strategy != "hybrid":
         return {"ddp": 1, "fsdp": world_size}[strategy]
     if shard_size < 1 or world_size % shard_size:
@@ -203,7 +204,7 @@ def num_shards(strategy: str, world_size: int, shard_size: int) -> int:
 
 def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
     for modules, dtype in shard_groups(model):
-        # Gradients come in the dtype of the weights, and are summed in float32.
+        # Gradients arrive in the dtype of the gathered weights, and are reduced in float32.
         policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
         fully_shard(modules, mesh=mesh, mp_policy=policy)
     sharded = fully_shard(model, mesh=mesh)
@@ -212,27 +213,30 @@ def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
 
 
 def shard_groups(model: Pi0) -> Iterator[tuple[list[nn.Module], torch.dtype | None]]:
-    """Modules that FSDP gathers at once, inner ones first, and the dtype in which; None: each weight's own.
+    """Groups of modules that FSDP gathers together, inner ones first, and the dtype to gather them in.
 
-    A group per layer. The rest is the root's, which is gathered during the whole forward pass: all that is read outside
-    of its layer's forward, and norms, whose weights are used in float32. The others are cast to the dtype of the
-    matmuls where they are used, so they can be gathered in it. Not so LoRA matrices: some are added up before.
+    Each layer is a group, gathered in the dtype of the matmuls, to which its weights are cast where they are used. A
+    layer with LoRA matrices has None instead (each weight's own dtype), because some of its weights are summed before
+    the cast. All other weights belong to the root, which stays gathered during the whole forward pass: weights that are
+    read outside of their layer's forward, and norms, whose weights are used in float32.
     """
     compute = None if model.compute_dtype is torch.float32 else model.compute_dtype
     for norm in model.modules():
-        if isinstance(norm, AdaRMSNorm):  # all conditions are computed before the first layer
+        if isinstance(norm, AdaRMSNorm):  # the conditioning of all layers is computed before the first layer
             yield [norm.dense], compute
     for layer in layers(model):
         has_lora = any(isinstance(module, LoraLinear) for module in layer.modules())
-        others = [child for child in layer.children() if not isinstance(child, RMSNorm | nn.LayerNorm)]
-        yield [layer] if len(others) == len(list(layer.children())) else others, None if has_lora else compute
+        children = list(layer.children())
+        without_norms = [child for child in children if not isinstance(child, RMSNorm | nn.LayerNorm)]
+        modules = [layer] if len(without_norms) == len(children) else without_norms
+        yield modules, None if has_lora else compute
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Drop the whole weights that FSDP has gathered, so that the next forward pass sees its shards as they are then.
+    """Free the weights that FSDP has gathered, so that the next forward pass gathers the current shards.
 
-    The root keeps its own, the embedding among them, from a forward pass to the backward pass, and from one without
-    gradients for good.
+    The root keeps its weights (such as the embedding) gathered until the backward pass; after a forward pass without
+    gradients it would keep them forever.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -240,25 +244,25 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to a device, without waiting for what the device is doing."""
+    """Copy a tensor from the host to a device, without waiting for the device's queued work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # of other memory a copy waits
+        tensor = tensor.pin_memory()  # copies from pageable memory are synchronous
     return tensor.to(device, non_blocking=True)
 
 
 def own_share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The tensors that this process saves: of copies each process saves some, the large ones spread evenly."""
+    """The tensors that this process saves: processes with identical copies take turns, from the largest tensor on."""
     by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
-    share = set()
+    names = set()
     for position, name in enumerate(by_size):
-        number, count = copy_number(tensors[name], world)
-        if position % count == number:
-            share.add(name)
-    return {name: tensor for name, tensor in tensors.items() if name in share}
+        copy, num_copies = copy_number(tensors[name], world)
+        if position % num_copies == copy:
+            names.add(name)
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
-    """The number of this process' copy of a tensor (or of its shard), and the number of copies."""
+    """The number of this process' copy of a tensor (or of its shard), and the number of identical copies."""
     if not isinstance(tensor, DTensor):
         return world.rank, world.size
     number, count = 0, 1
@@ -270,12 +274,12 @@ def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' shard of a tensor, in the same memory; the whole where it is not sharded."""
+    """This process' shard of a tensor, as a view; a tensor that is not sharded is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_over_processes(values: Mapping[str, float]) -> dict[str, float]:
-    """The sums of numbers over all processes."""
+    """Sum each number over all processes."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))

@@ -97,9 +97,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         try:
             names = config.trackers if world.is_main else ()
             with contextlib.closing(Trackers(names, run, dataclasses.asdict(config), first_step)) as trackers:
-                utilization = Utilization(model, config, world.device)
                 epoch_frames = sum(len(source.frames) for source in data)
-                components = (state, parallel, checkpointer, trackers, utilization)
+                components = (state, parallel, checkpointer, trackers, Utilization(model, config, world.device))
                 live = LiveRun(config, run, world, *components, epoch_frames, resumed=last is not None)
                 run_steps(live, data, policies, order)
             checkpointer.wait()

@@ -1,4 +1,4 @@
-"""Learning-rate schedule, gradient clipping, AdamW and EMA, in openpi's formulas."""
+"""Learning-rate schedule, gradient clipping, AdamW and EMA, with openpi's formulas."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ EPS = 1e-8
 
 
 def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:
-    """The learning rate of an update, as optax's schedules have it.
+    """Learning rate of an update, with the formulas of optax's schedules.
 
-    Linear from lr/(warmup_steps + 1) at step 0 to lr at warmup_steps; then a cosine to min_lr at decay_steps, or
-    "rsqrt": lr/√(1 + (step − warmup_steps)/timescale), or "constant".
+    It grows linearly from lr/(warmup_steps + 1) at step 0 to lr at warmup_steps. Then "cosine" decays to min_lr at
+    decay_steps, "rsqrt" is lr/√(1 + (step − warmup_steps)/timescale), and "constant" stays at lr.
     """
     peak, after_warmup = optim.lr, step - optim.warmup_steps
     if after_warmup < 0:
@@ -38,10 +38,10 @@ def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:
 def make_optimizer(
     parameters: Iterable[Tensor], *, weight_decay: float, kind: Optimizer = "adamw"
 ) -> torch.optim.Optimizer:
-    """AdamW; its learning rate is set before each step.
+    """Create AdamW; the learning rate is set before each step.
 
     Args:
-        kind: "adamw8bit" keeps the moments of large arrays in 8 bits, by blocks (arXiv:2110.02861, bitsandbytes).
+        kind: "adamw8bit" quantizes the moments of large arrays to 8 bits in blocks (arXiv:2110.02861, bitsandbytes).
     """
     options: dict[str, Any] = {"lr": 0.0, "betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
     if kind == "adamw8bit":
@@ -51,25 +51,25 @@ def make_optimizer(
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale the gradients in place to a global L2 norm of at most `max_norm`; the norm that they had.
+    """Scale the gradients in place to a global L2 norm of at most `max_norm`; return their norm before.
 
     Unlike torch's `clip_grad_norm_`, which adds 1e-6 to the norm, clipped gradients have exactly `max_norm`.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = global_norm(gradients)
-    value = float(norm)  # waits for the device, the only time in an update
+    value = float(norm)  # the only wait for the device in an update
     if value >= max_norm:
         torch._foreach_mul_([local(gradient) for gradient in gradients], max_norm / norm)
     return value
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all numbers together, over the processes where they are sharded."""
+    """L2 norm over the elements of all tensors, and over all processes if they are sharded."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
 def update_ema(ema: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
-    """ema ← decay·ema + (1 − decay)·parameters, without a correction for the beginning."""
+    """ema ← decay·ema + (1 − decay)·parameters, without bias correction."""
     torch._foreach_lerp_(list(ema), list(parameters), 1 - decay)

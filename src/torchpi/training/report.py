@@ -40,17 +40,17 @@ from torchpi.ui.tables import Column, Table
 
 REPORT = "report.html"
 IMAGE_BYTES = 400 * 2**10
-"""A plot whose file is larger is made smaller for the page."""
+"""Plots with larger files are scaled down and compressed for the page."""
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
-    """Write RUN/report.html, a page that needs nothing else, in place of an earlier one; its path.
+    """Write RUN/report.html, a self-contained page, and return its path.
 
     Args:
-        folder: the run's; the run may be finished, be running, or have crashed.
+        folder: the folder of a run that is finished, still running, or has crashed.
     """
     run, name = Run(folder), folder.resolve().name
-    values = {
+    sections = {
         "curves": _curves(run),
         "success": _success(run),
         "chunks": _chunks(run),
@@ -63,7 +63,9 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     page = html_page(
         f"{name}: a training run",
         header=page_header("torchpi train", name, _summary(run), tiles=list(_tiles(run)), notes=list(_notes(run))),
-        sections=[page_section("training.html", name, found) for name, found in values.items() if any(found.values())],
+        sections=[
+            page_section("training.html", name, values) for name, values in sections.items() if any(values.values())
+        ],
         footer="this page needs nothing else; torchpi makes it from the files of the run",
     )
     replace_text(folder / REPORT, page)
@@ -78,10 +80,14 @@ def _summary(run: Run) -> str:
     subject = f"From {init}, on {pathlib.Path(str(data)).name}" if data else "A policy"
     if run.finished:
         return f"{subject}: trained to the end."
-    of = f" of {format_count(run.num_steps)}" if run.num_steps else ""
-    state = f"step {format_count(run.step)}{of}" if run.step else "no step is logged yet"
-    end = "it was stopped before the last step" if run.about.get("finished") else "it is running, or was killed"
-    return f"{subject}: {state}; {end}."
+    if not run.step:
+        progress = "no step is logged yet"
+    elif run.num_steps:
+        progress = f"step {format_count(run.step)} of {format_count(run.num_steps)}"
+    else:
+        progress = f"step {format_count(run.step)}"
+    status = "it was stopped before the last step" if run.info.get("finished") else "it is running, or was killed"
+    return f"{subject}: {progress}; {status}."
 
 
 def _tiles(run: Run) -> Iterator[tuple[str, str]]:
@@ -94,28 +100,33 @@ def _tiles(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _notes(run: Run) -> Iterator[str]:
-    """Damage, values that are not finite, interruptions, and missing records."""
+    """Damaged files, non-finite values, interruptions and missing records."""
     yield from run.notes
     for key in (key for panel in panels(run.lines) for key in panel.curves if key in run.series):
         steps, values = run.series[key]
-        if len(wrong := steps[~np.isfinite(values)]):
-            yield f"{key} is not finite in {len(wrong)} of {len(steps)} lines, first at step {wrong[0]}."
+        not_finite = steps[~np.isfinite(values)]
+        if len(not_finite):
+            yield f"{key} is not finite in {len(not_finite)} of {len(steps)} lines, first at step {not_finite[0]}."
     if run.resumes:
-        at = ", ".join(map(str, run.resumes[:12])) + (", …" if len(run.resumes) > 12 else "")
-        yield f"The run was interrupted and resumed; the first lines after that are of step {at}."
+        resumed_at = ", ".join(map(str, run.resumes[:12])) + (", …" if len(run.resumes) > 12 else "")
+        yield f"The run was interrupted and resumed; the first lines after that are of step {resumed_at}."
     if missing := ", ".join(_missing(run)):
         yield f"Not recorded: {missing}."
 
 
 def _missing(run: Run) -> Iterator[str]:
-    yield from (name for name, found in (("train.json", run.recipe), ("run.json", run.about)) if not found)
-    if run.about:
-        yield from (f"{name} in run.json" for name in ("datasets", "parameters", "init") if name not in run.about)
+    if not run.recipe:
+        yield "train.json"
+    if not run.info:
+        yield "run.json"
+    else:
+        yield from (f"{name} in run.json" for name in ("datasets", "parameters", "init") if name not in run.info)
     if not run.lines:
         yield "any line of metrics.jsonl"
     else:
         for key in (key for panel in panels(run.lines) for key in panel.curves):
-            if key not in run.series and run.recipe.get(TABLES["switches"].get(key, ""), True):
+            is_measured = run.recipe.get(TABLES["switches"].get(key, ""), True)
+            if key not in run.series and is_measured:
                 yield f"{key} in metrics.jsonl"
     if not run.checkpoints:
         yield "a checkpoint"
@@ -133,8 +144,8 @@ def _panel_figure(run: Run, panel: Panel) -> str:
     ends = {label: value for key, label in panel.curves.items() if (value := run.end(key)) is not None}
     texts = {label: f"{value:.1%}" if panel.percent else f"{value:.4g}" for label, value in ends.items()}
     end = ", ".join(f"{label}: {text}" if len(panel.curves) > 1 else text for label, text in texts.items())
-    drawn = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {listed(texts)}."
-    return _figure(panel.title, f"{end} at the end", partial(draw_panel, curves=run.series, panel=panel), drawn)
+    description = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {listed(texts)}."
+    return _figure(panel.title, f"{end} at the end", partial(draw_panel, curves=run.series, panel=panel), description)
 
 
 def _figure(title: str, note: str, draw: Callable[[Any], object], description: str) -> str:
@@ -143,29 +154,41 @@ def _figure(title: str, note: str, draw: Callable[[Any], object], description: s
 
 
 def _chunks(run: Run) -> dict[str, Any]:
-    """Errors of sampled chunks, robot by robot."""
-    names, robots_html = robots(run.lines), ""
-    for ending, name in names.items():
-        of, figures = f" of {name}" if len(names) > 1 else "", ""
-        dims = run.last_mapping(f"chunk_error_dims{ending}")
-        if panel := dimension_panel(run.series, ending, f"Error per dimension{of}"):
-            still = [name for name, value in dims.items() if value is None]
-            moving = len(dims) - len(still)
-            notes = [f"{len(panel.curves)} of {moving}, the largest"] if moving > len(panel.curves) else []
-            shown = "; ".join([*notes, *([f"never moving: {', '.join(still)}"] if still else [])])
-            description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
-            figures += _figure(panel.title, shown, partial(draw_panel, curves=run.series, panel=panel), description)
-        if evaluations := chunk_steps(run.lines, ending):
-            figures += _figure(
-                f"Error over the chunk{of}",
-                "the later the evaluation, the stronger",
-                partial(draw_chunk_steps, evaluations=evaluations),
-                f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation.",
-            )
-        robots_html += f'<div class="multiples plots">{figures}</div>' if figures else ""
-        if dims:
-            robots_html += f'<h3 class="gap">Last evaluation{escape(of)}</h3>{bars(_dimension_bars(dims))}'
-    return {"robots": robots_html}
+    """Errors of sampled chunks, per robot."""
+    names = robots(run.lines)
+    return {
+        "robots": "".join(
+            _robot_chunks(run, suffix, f" of {name}" if len(names) > 1 else "") for suffix, name in names.items()
+        )
+    }
+
+
+def _robot_chunks(run: Run, suffix: str, of_robot: str) -> str:
+    figures = ""
+    dims = run.last_mapping(f"chunk_error_dims{suffix}")
+    if panel := dimension_panel(run.series, suffix, f"Error per dimension{of_robot}"):
+        constant = [name for name, value in dims.items() if value is None]
+        num_moving = len(dims) - len(constant)
+        notes = []
+        if num_moving > len(panel.curves):
+            notes.append(f"{len(panel.curves)} of {num_moving}, the largest")
+        if constant:
+            notes.append(f"never moving: {', '.join(constant)}")
+        description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
+        figures += _figure(
+            panel.title, "; ".join(notes), partial(draw_panel, curves=run.series, panel=panel), description
+        )
+    if evaluations := chunk_steps(run.lines, suffix):
+        figures += _figure(
+            f"Error over the chunk{of_robot}",
+            "the later the evaluation, the stronger",
+            partial(draw_chunk_steps, evaluations=evaluations),
+            f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation.",
+        )
+    html = f'<div class="multiples plots">{figures}</div>' if figures else ""
+    if dims:
+        html += f'<h3 class="gap">Last evaluation{escape(of_robot)}</h3>{bars(_dimension_bars(dims))}'
+    return html
 
 
 def _dimension_bars(dims: Mapping[str, Any]) -> Iterator[tuple[str, float | int, str]]:
@@ -184,7 +207,7 @@ def _plot(kind: str, robot: str, path: pathlib.Path) -> str:
     caption = f"{robot}: {TABLES['plots'][kind]}" if robot else TABLES["plots"][kind]
     try:
         source = _embedded(path)
-    except OSError as error:  # damaged, cut short, or no image
+    except OSError as error:  # damaged, truncated, or not an image
         return f'<p class="aside">{escape(path.name)} cannot be shown: {escape(str(error))}</p>'
     step = int(path.name.split("_")[0])
     return (
@@ -194,7 +217,7 @@ def _plot(kind: str, robot: str, path: pathlib.Path) -> str:
 
 
 def _embedded(path: pathlib.Path) -> str:
-    """The image as a data URI, made smaller where its file is large."""
+    """The image as a data URI; a large file is scaled down and compressed."""
     kind, data = "png", path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         image.load()
@@ -222,24 +245,24 @@ def _success(run: Run) -> dict[str, Any]:
 def _rate(result: Mapping[str, Any]) -> str | Rate:
     try:
         return Rate.from_json(result)
-    except (KeyError, TypeError, ValueError):  # a line of another version
+    except (KeyError, TypeError, ValueError):  # written by another version
         return _text(result.get("success_rate"))
 
 
 def _parameters(run: Run) -> dict[str, Any]:
-    found = run.about.get("parameters")
-    parts = [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
+    recorded = run.info.get("parameters")
+    parts = [part for part in recorded if isinstance(part, Mapping)] if isinstance(recorded, list) else []
     text, table = show_parameters(parts)
     return {"text": text, "table": table.to_html()} if parts else {}
 
 
 def _origin(run: Run) -> dict[str, Any]:
-    """Data, initial weights, machine and time."""
-    rows = [(name, run.about[name]) for name in ("command", "started", "finished") if name in run.about]
-    if isinstance(init := run.about.get("init"), Mapping):
+    """Rows about the data, the initial weights, the machine and the time."""
+    rows = [(name, run.info[name]) for name in ("command", "started", "finished") if name in run.info]
+    if isinstance(init := run.info.get("init"), Mapping):
         rows += [(text, init[name]) for name, text in TABLES["init"].items() if init.get(name)]
     rows += _data(run)
-    rows += [(name, run.about[name]) for name in ("device", "world_size", "torch", "torchpi") if name in run.about]
+    rows += [(name, run.info[name]) for name in ("device", "world_size", "torch", "torchpi") if name in run.info]
     if (memory := run.end("memory")) is not None:
         rows.append(("memory", f"{format_gib(memory)} at most"))
     if run.checkpoints:
@@ -248,28 +271,30 @@ def _origin(run: Run) -> dict[str, Any]:
 
 
 def _data(run: Run) -> list[tuple[str, Any]]:
-    found = run.about.get("datasets")
-    if not isinstance(found, list):
+    datasets = run.info.get("datasets")
+    if not isinstance(datasets, list):
         return [("data", run.source["dataset"])] if run.source.get("dataset") else []
-    if len(found) == 1 and isinstance(found[0], Mapping):
-        return [(f"data: {name.replace('_', ' ')}", value) for name, value in found[0].items() if name != "weight"]
-    return [(f"data {i}", part) for i, part in enumerate(found, start=1)]
+    if len(datasets) == 1 and isinstance(datasets[0], Mapping):
+        return [(f"data: {name.replace('_', ' ')}", value) for name, value in datasets[0].items() if name != "weight"]
+    return [(f"data {i}", dataset) for i, dataset in enumerate(datasets, start=1)]
 
 
 def _recipe(run: Run) -> dict[str, Any]:
     defaults = _flat(json.loads(json.dumps(TrainConfig().options)))
     recipe = _flat(run.recipe)
-    changed = {name: defaults[name] for name, value in recipe.items() if defaults.get(name, value) != value}
-    rows = [(name, _text(value), _text(changed[name]) if name in changed else "") for name, value in recipe.items()]
-    columns = [Column("field", "name"), Column("value"), Column("default", "soft")]
-    table = (
-        Table(columns, rows, marked=[i for i, name in enumerate(recipe) if name in changed]).to_html() if rows else ""
+    changed = {name for name, value in recipe.items() if defaults.get(name, value) != value}
+    rows = [(name, _text(value), _text(defaults[name]) if name in changed else "") for name, value in recipe.items()]
+    table = Table(
+        [Column("field", "name"), Column("value"), Column("default", "soft")],
+        rows,
+        marked=[i for i, name in enumerate(recipe) if name in changed],
     )
-    return {"changed": len(changed), "count": len(recipe), "table": table, "empty": not rows}
+    html = table.to_html() if rows else ""
+    return {"changed": len(changed), "count": len(recipe), "table": html, "empty": not rows}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields of fields as one level: augmentation.crop."""
+    """Flatten nested dictionaries, with names such as augmentation.crop."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -277,7 +302,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A value of a JSON document as text."""
+    """Format a value of a JSON document."""
     if value is None or value in ("", [], {}):
         return "none"
     if isinstance(value, bool):
@@ -298,26 +323,30 @@ def _commands(run: Run) -> dict[str, Any]:
     if not run.checkpoints:
         return {"commands": "", "empty": True}
     policy = (run.checkpoints[-1] / "policy").relative_to(run.folder).as_posix()
-    found = {"policy": policy, "environment": _environment(run), "dataset": _dataset(run)}
-    values = {name: shlex.quote(value) for name, value in found.items() if value}
-    values |= {} if run.finished else {"steps_left": ""}
-    chosen = [entry for entry in TABLES["commands"] if entry["needs"] in values]
-    return {"policy": policy, "commands": commands((e["text"], e["command"].format_map(values)) for e in chosen)}
+    arguments = {"policy": policy, "environment": _environment(run), "dataset": _dataset(run)}
+    values = {name: shlex.quote(value) for name, value in arguments.items() if value}
+    if not run.finished:
+        values["steps_left"] = ""
+    entries = [entry for entry in TABLES["commands"] if entry["needs"] in values]
+    texts = ((entry["text"], entry["command"].format_map(values)) for entry in entries)
+    return {"policy": policy, "commands": commands(texts)}
 
 
 def _environment(run: Run) -> str | None:
-    """The simulator of the robot; None: there is none."""
-    from torchpi.sim import ENVIRONMENTS, simulator  # a run needs no simulator
+    """The simulator of the recipe, or the only one for its robot; None if there is none."""
+    from torchpi.sim import ENVIRONMENTS, simulator  # training itself does not need it
 
+    if run.recipe.get("env"):
+        return str(run.recipe["env"])
     robot = run.source.get("embodiment")
-    found = [name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)]
-    return str(run.recipe.get("env") or (found[0] if len(found) == 1 else "")) or None
+    matching = [name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)]
+    return matching[0] if len(matching) == 1 else None
 
 
 def _dataset(run: Run) -> str | None:
-    """The path from the run's folder to its dataset, or its address; None: it is not there any more."""
+    """The dataset's address, or its path relative to the run folder; None if it does not exist any more."""
     dataset = str(run.source.get("dataset") or "")
     if "://" in dataset:
         return dataset
-    is_there = (pathlib.Path(dataset) / "meta").is_dir()
-    return pathlib.Path(os.path.relpath(dataset, run.folder)).as_posix() if is_there else None
+    exists = (pathlib.Path(dataset) / "meta").is_dir()
+    return pathlib.Path(os.path.relpath(dataset, run.folder)).as_posix() if exists else None

@@ -1,10 +1,10 @@
-"""The folder of a training run: begun, resumed, and read as far as it is there.
+"""The folder of a training run: starting and resuming a run, and reading finished or incomplete ones.
 
 train.json      the recipe
 run.json        see `torchpi.training.summary.run_document`; "finished" (ISO 8601) once the run has ended
 metrics.jsonl   a JSON object per line: "step" and the values measured there; "resumed": true marks the first line after
                 a resume
-plots           STEP_chunks.png and STEP_errors.png; those of the other robots of a mixture end in _ROBOT
+plots           STEP_chunks.png and STEP_errors.png; for further robots of a mixture with the suffix _ROBOT
 checkpoints     STEP/policy
 """
 
@@ -37,8 +37,7 @@ Line = Mapping[str, Any]
 Series = tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]
 """Steps and values."""
 _OLD_KEYS = {"learning_rate": "lr"}
-"""Keys of earlier versions in metrics.jsonl."""
-
+"""New keys in metrics.jsonl, by the keys of earlier versions."""
 
 CHANGEABLE = frozenset(
     {
@@ -48,48 +47,51 @@ CHANGEABLE = frozenset(
         *("wandb_project", "wandb_name", "lora_alpha"),
     }
 )
-"""Options that may change when a run is resumed: they do not change what its updates compute."""
+"""Options that may change when a run is resumed, because they do not change what its updates compute."""
 
 
 def resume_config(run: pathlib.Path) -> TrainConfig:
-    """The recipe of a run."""
+    """Read the recipe of a run to resume."""
     if not (run / RECIPE).is_file():
-        above = next((folder for folder in run.parents if (folder / RECIPE).is_file()), None)
-        hint = f" The folder of the run is {above}." if above else ""
+        parent = next((folder for folder in run.parents if (folder / RECIPE).is_file()), None)
+        hint = f" The folder of the run is {parent}." if parent else ""
         raise MissingFileError(f"There is no run to resume in {run}: it has no {RECIPE}.{hint}")
     return TrainConfig.from_json(run / RECIPE)
 
 
 def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathlib.Path | None:
-    """The last checkpoint of a run that is resumed; None: it is new, or ended before its first one."""
+    """The checkpoint to resume from; None for a new run, or a run that ended before its first checkpoint."""
     if not resume:
         if run.exists() and any(run.iterdir()):
             raise TrainingError(
                 f"{run} is not empty; choose another folder, or resume the run: torchpi train --resume {run}."
             )
         return None
-    before, now, found = resume_config(run).options, config.options, checkpoints(run)
-    changed = sorted(name for name in now if now[name] != before[name] and name not in CHANGEABLE)
+    previous, current = resume_config(run).options, config.options
+    changed = sorted(name for name in current if current[name] != previous[name] and name not in CHANGEABLE)
     if changed:
-        listed = "; ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
+        differences = "; ".join(f"{name} was {previous[name]!r}, now {current[name]!r}" for name in changed)
         raise TrainingError(
-            f"A run is resumed as it was, and these options differ: {listed}. Options that may change are "
-            f"{', '.join(sorted(CHANGEABLE))}; for anything else start a new run, with --init and this one's policy."
+            f"A run is resumed with its own recipe, but these options differ: {differences}. Options that may change "
+            f"are {', '.join(sorted(CHANGEABLE))}; to change others, start a new run, with --init and this run's "
+            "policy."
         )
-    if found and int(found[-1].name) > config.num_steps:
-        raise TrainingError(f"{run} has {int(found[-1].name)} steps already, more than num_steps {config.num_steps}.")
-    return found[-1] if found else None
+    saved = checkpoints(run)
+    if saved and int(saved[-1].name) > config.num_steps:
+        raise TrainingError(f"{run} has {int(saved[-1].name)} steps already, more than num_steps {config.num_steps}.")
+    return saved[-1] if saved else None
 
 
 def held_out_episodes(run: pathlib.Path) -> list[list[int]]:
-    """The episodes that a run holds out, per dataset: it must never train on what it evaluates."""
+    """The episodes that a run holds out, per dataset. A resumed run must not train on them."""
     try:
         info = read_json(run / RUN, error=TrainingError)
         return [[int(index) for index in dataset["held_out"]] for dataset in info["datasets"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"{run / RUN} does not tell which episodes the run holds out ({error!r}), so it can't be resumed: it might "
-            "train on what it evaluates. Restore the file, or start a new run with --init and this policy."
+            f"{run / RUN} does not say which episodes the run holds out ({error!r}), so the run can't be resumed: it "
+            "might train on episodes that it evaluates. Restore the file, or start a new run with --init and this "
+            "run's policy."
         ) from error
 
 
@@ -101,17 +103,17 @@ def check_resumed(
     init: InitReport,
     console: Console,
 ) -> None:
-    """Refuse to resume with other data or other frozen weights than those the run started with."""
+    """Check that data and frozen weights are still those that the run started with."""
     _check_statistics(last, data)
     saved = read_json_object(run / RUN, error=TrainingError).get("init", {})
-    before = saved.get("frozen_sha256", saved.get("constant_sha256"))  # the latter of earlier versions
-    if before is None:
+    saved_sha256 = saved.get("frozen_sha256", saved.get("constant_sha256"))  # the latter in earlier versions
+    if saved_sha256 is None:
         console.print(f"{run / RUN} has no SHA-256 of the frozen weights: they are not compared")
-    elif init.frozen_sha256 and before != init.frozen_sha256:  # "" where they are on "meta"
+    elif init.frozen_sha256 and saved_sha256 != init.frozen_sha256:  # "" for weights on "meta"
         raise TrainingError(
-            f"The frozen weights are others than when the run started: those of {config.model.init or 'seed'} have the "
-            f"SHA-256 {init.frozen_sha256[:12]}…, {run / RUN} has {before[:12]}…. Restore the former ones, or start a "
-            "new run."
+            f"The frozen weights differ from those that the run started with: {config.model.init or 'seed'} gives the "
+            f"SHA-256 {init.frozen_sha256[:12]}…, {run / RUN} has {saved_sha256[:12]}…. Restore the original weights, "
+            "or start a new run."
         )
     complete = ", the last one: nothing to do" if int(last.name) == config.num_steps else ""
     console.print(f"resuming from step {int(last.name)}{complete}")
@@ -127,16 +129,15 @@ def _check_statistics(last: pathlib.Path, data: Sequence[SourceData]) -> None:
             ranges = stats.training_range(), saved[key].training_range()
             if not all(np.array_equal(*pair) for pair in zip(*ranges, strict=True)):
                 raise TrainingError(
-                    f"{source.source.dataset}: the dataset is another one than when {last} was saved: its statistics "
-                    f"of {key} differ. Resume with the data as they were, or start a new run with --init and this "
-                    "one's policy."
+                    f"{source.source.dataset}: the dataset has changed since {last} was saved: its statistics of {key} "
+                    "differ. Resume with the original data, or start a new run with --init and this run's policy."
                 )
 
 
 def begin_run(run: pathlib.Path, config: TrainConfig, info: Mapping[str, Any], first_step: int) -> None:
-    """Make the run's folder, or prepare it to be resumed from the checkpoint at a step: recipe, run.json, metrics."""
+    """Write the recipe and run.json, and drop the metrics behind the checkpoint from which a run is resumed."""
     run.mkdir(parents=True, exist_ok=True)
-    # With the end of the schedule as a number: more steps later must not change the steps before.
+    # The recipe states the end of the schedule, so that more steps in a resumed run do not change earlier steps.
     recipe = config.replace(decay_steps=config.optim.decay_steps or config.num_steps)
     replace_text(run / RECIPE, recipe.to_json())
     if lines := read_metrics(run / METRICS):
@@ -150,39 +151,40 @@ def write_run_info(run: pathlib.Path, info: Mapping[str, Any]) -> None:
     replace_text(run / RUN, f"{json.dumps(info, indent=2, ensure_ascii=False)}\n")
 
 
-# ---- read as far as it is there ----
+# ---- reading finished and incomplete runs ----
 
 
 class Run:
-    """Contents of a run's folder."""
+    """The contents of a run folder."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         metrics = folder / METRICS
         if not metrics.is_file() and not (folder / RECIPE).is_file():
             raise MissingFileError(
-                f"{folder} is no folder of a training run: neither train.json nor metrics.jsonl is in it."
+                f"{folder} is not the folder of a training run: it has neither train.json nor metrics.jsonl."
             )
-        self.folder, self.notes = folder, list[str]()
+        self.folder = folder
+        self.notes: list[str] = []
         """Damage of the files."""
         self.recipe: Mapping[str, Any] = flat_options(self._read_json(RECIPE))
-        """Options by name; empty: not there."""
-        self.about: Mapping[str, Any] = self._read_json(RUN)
-        text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-        lines, broken = parse_metrics(text)
-        if broken:
-            count = f"{len(broken)} lines" if len(broken) > 1 else "a line"
+        """Options by name; empty if the file is missing."""
+        self.info: Mapping[str, Any] = self._read_json(RUN)
+        """Contents of run.json; empty if the file is missing."""
+        lines, damaged = parse_metrics(_read_text(metrics))
+        if damaged:
+            count = f"{len(damaged)} lines" if len(damaged) > 1 else "a line"
             self.notes.append(
-                f"metrics.jsonl has {count} that cannot be read, first in line {broken[0]}; left out here."
+                f"metrics.jsonl has {count} that cannot be read, first in line {damaged[0]}; skipped here."
             )
-        went_back = [line["step"] for before, line in itertools.pairwise(lines) if line["step"] < before["step"]]
+        restarts = [line["step"] for previous, line in itertools.pairwise(lines) if line["step"] < previous["step"]]
         self.lines = without_overtaken(lines)
         self.series = series(self.lines)
-        self.resumes = sorted({*went_back, *(line["step"] for line in self.lines if line.get("resumed"))})
+        self.resumes = sorted({*restarts, *(line["step"] for line in self.lines if line.get("resumed"))})
         """Steps of the first lines after a resume."""
         self.checkpoints = checkpoints(folder)
 
     def _read_json(self, name: str) -> Mapping[str, Any]:
-        """The document; empty, with a note, where it cannot be read, for example because it is just being written."""
+        """Read a JSON file; if it can't be read (it may be incomplete at this moment), add a note and return {}."""
         if not (path := self.folder / name).is_file():
             return {}
         try:
@@ -193,20 +195,20 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that is logged or saved."""
-        return max(
-            [0, *(int(path.name) for path in self.checkpoints[-1:]), *(line["step"] for line in self.lines[-1:])]
-        )
+        """The last step that was logged or saved."""
+        saved = int(self.checkpoints[-1].name) if self.checkpoints else 0
+        logged = self.lines[-1]["step"] if self.lines else 0
+        return max(0, saved, logged)
 
     @property
     def num_steps(self) -> int | None:
         """The recipe's number of steps."""
-        found = self.recipe.get("num_steps")
-        return found if isinstance(found, int) else None
+        value = self.recipe.get("num_steps")
+        return value if isinstance(value, int) else None
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """The recipe's dataset and embodiment; of a mixture, the first ones."""
+        """The recipe's dataset and embodiment; for a mixture, those of its first entry."""
         mixture = self.recipe.get("mixture")
         return mixture[0] if isinstance(mixture, list) and mixture and isinstance(mixture[0], Mapping) else self.recipe
 
@@ -217,68 +219,72 @@ class Run:
 
     @property
     def duration(self) -> str | None:
-        """Time from start to end; None: one of them is unknown."""
+        """Time between start and end; None if unknown."""
         try:
-            started, finished = (datetime.datetime.fromisoformat(self.about[name]) for name in ("started", "finished"))
+            started, finished = (datetime.datetime.fromisoformat(self.info[name]) for name in ("started", "finished"))
             return format_duration((finished - started).total_seconds())
-        except (KeyError, TypeError, ValueError):  # missing, no date, or with and without a time zone
+        except (KeyError, TypeError, ValueError):  # missing, not a date, or only one of them has a time zone
             return None
 
     def end(self, key: str) -> float | None:
-        """The last number under a key of the metrics; None: there is none."""
+        """The last number logged under a key; None if there is none."""
         return float(self.series[key][1][-1]) if key in self.series else None
 
     def last_mapping(self, key: str) -> Mapping[str, Any]:
-        """The last value of a key in the metrics, by name; empty: there is none."""
+        """The last dictionary logged under a key; empty if there is none."""
         return next((line[key] for line in reversed(self.lines) if isinstance(line.get(key), Mapping)), {})
 
     def plots(self) -> list[tuple[str, str, pathlib.Path]]:
-        """The plots of the last step: kind (chunks or errors), robot (empty: the first one) and path of each."""
-        last: dict[tuple[str, str], tuple[int, pathlib.Path]] = {}
-        # Runs of earlier versions have them in pictures/.
+        """The latest plots: kind ("chunks" or "errors"), robot ("" for the first robot) and path of each."""
+        latest: dict[tuple[str, str], tuple[int, pathlib.Path]] = {}
+        # Earlier versions wrote the plots to pictures/.
         for path in (*self.folder.glob("plots/*.png"), *self.folder.glob("pictures/*.png")):
-            if found := re.fullmatch(r"(\d+)_(chunks|errors)(?:_(.+))?\.png", path.name):
-                key = (found[3] or "", found[2])
-                last[key] = max(last.get(key, (-1, path)), (int(found[1]), path))
-        return [(kind, robot, path) for (robot, kind), (_, path) in sorted(last.items())]
+            if match := re.fullmatch(r"(\d+)_(chunks|errors)(?:_(.+))?\.png", path.name):
+                key = (match[3] or "", match[2])
+                latest[key] = max(latest.get(key, (-1, path)), (int(match[1]), path))
+        return [(kind, robot, path) for (robot, kind), (_, path) in sorted(latest.items())]
 
 
 def parse_metrics(text: str) -> tuple[list[Line], list[int]]:
-    """Parse the lines of a metrics.jsonl, old keys under their present names.
+    """Parse the lines of a metrics.jsonl; keys of earlier versions are renamed.
 
-    A last line without its end is left out and not counted: the process was killed, or is just writing it.
+    An incomplete last line is ignored: the process was killed, or is writing it at this moment.
 
     Returns:
-        The lines, and the numbers (from 1) of those that can't be read.
+        The lines, and the numbers (from 1) of lines that can't be read.
     """
     lines: list[Line] = []
-    broken = []
-    *complete, last = text.split("\n")
-    for i, line in enumerate([*complete, last], start=1):
+    damaged = []
+    texts = text.split("\n")
+    for i, line_text in enumerate(texts, start=1):
         try:
-            found = parse_json(line, METRICS, error=TrainingError)
+            line = parse_json(line_text, METRICS, error=TrainingError)
         except TrainingError:
-            found = None
-        if isinstance(found, dict) and type(found.get("step")) is int:
-            lines.append({_OLD_KEYS.get(key) or key: value for key, value in found.items()})
-        elif i <= len(complete):
-            broken.append(i)
-    return lines, broken
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append({_OLD_KEYS.get(key) or key: value for key, value in line.items()})
+        elif i < len(texts):
+            damaged.append(i)
+    return lines, damaged
 
 
 def read_metrics(path: pathlib.Path) -> list[Line]:
     """Read metrics.jsonl; a missing file has no lines."""
-    lines, broken = parse_metrics(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
-    if broken:
+    lines, damaged = parse_metrics(_read_text(path))
+    if damaged:
         raise TrainingError(
-            f'{path}: line {broken[0]} is no JSON object with a "step" ({len(broken)} such lines); remove it to '
+            f'{path}: line {damaged[0]} is no JSON object with a "step" ({len(damaged)} such lines); remove it to '
             "continue."
         )
     return lines
 
 
+def _read_text(path: pathlib.Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def without_overtaken(lines: Sequence[Line]) -> list[Line]:
-    """The lines that hold: where the steps go back, the run was resumed there, and what it had beyond is void."""
+    """Drop lines that a resume has made obsolete: where the step goes back, lines of later steps are replaced."""
     kept: list[Line] = []
     for line in lines:
         while kept and kept[-1]["step"] > line["step"]:
@@ -288,32 +294,32 @@ def without_overtaken(lines: Sequence[Line]) -> list[Line]:
 
 
 def number(value: Any) -> float | None:
-    """The value where it is a number, NaN and infinity among them."""
+    """The value as a float if it is a number (NaN and infinity included), else None."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def scalars(line: Line) -> dict[str, float]:
-    """The numbers of a line under flat names, as `Tracker.log` takes them.
+    """The numbers of a line under flat names, for `Trackers.log`.
 
-    Mappings become groups: {"success": {"reach": {"success_rate": 1.0}}} is "success/reach/success_rate". Lists are
-    left out: fifty curves for the fifty steps of a chunk show nobody anything.
+    Dictionaries become groups: {"success": {"reach": {"success_rate": 1.0}}} is "success/reach/success_rate". Lists are
+    left out: a tracker should not show a curve for each of the fifty steps of a chunk.
     """
     flat: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": found for inner, found in scalars(value).items()}
-        elif name != "step" and (found := number(value)) is not None:
-            flat[name] = found
+            flat |= {f"{name}/{inner}": scalar for inner, scalar in scalars(value).items()}
+        elif name != "step" and (scalar := number(value)) is not None:
+            flat[name] = scalar
     return flat
 
 
 def series(lines: Sequence[Line]) -> dict[str, Series]:
-    """Steps and values of each number in the lines, finite or not, by its flat name."""
+    """Steps and values of each number in the lines, finite or not, by flat name."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for key, value in scalars(line).items():
             points.setdefault(key, []).append((line["step"], value))
     return {
-        key: (np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64))
-        for key, found in points.items()
+        key: (np.array([step for step, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float64))
+        for key, pairs in points.items()
     }

@@ -1,4 +1,4 @@
-"""The data of a recipe: episodes, statistics, prompts, and the policy around the model."""
+"""Setup of a run: episodes, normalization statistics, prompts, and the policies around the model."""
 
 import dataclasses
 import functools
@@ -15,12 +15,7 @@ from torchpi.checkpoints.address import existing_file
 from torchpi.checkpoints.checkpoint import Checkpoint
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
-from torchpi.data import (
-    LeRobotDataset,
-    idle_frames,
-    select_episodes,
-    to_observation,
-)
+from torchpi.data import LeRobotDataset, idle_frames, select_episodes, to_observation
 from torchpi.data.episodes import hold_out
 from torchpi.data.fit import unit_problems
 from torchpi.data.metadata import open_metadata
@@ -41,23 +36,23 @@ from torchpi.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class SourceData:
-    """A dataset of the run: training and held-out episodes."""
+    """A dataset of the run, split into training and held-out episodes."""
 
     source: Source
     embodiment: Embodiment
     train: LeRobotDataset
     frames: np.ndarray
-    """Numbers of the frames of `train` that are trained on [F]."""
+    """Frames of `train` to train on [F]."""
     holdout: LeRobotDataset | None
     norm_stats: Mapping[str, NormStats]
 
 
 ROBOTS = "robots"
-"""Folder of the other robots in the policy of a mixture, by `robot_names`."""
+"""Folder, in the policy of a mixture, of all robots but the first, by `robot_names`."""
 
 
 def robot_names(embodiments: Sequence[Embodiment]) -> list[str]:
-    """A unique name for each dataset of a mixture: the robot's, if need be with a number."""
+    """A unique name for each dataset of a mixture: the robot's name, numbered if it occurs more than once."""
     names = [embodiment.name for embodiment in embodiments]
     numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if number == 1 else f"{name}_{number}" for name, number in zip(names, numbers, strict=True)]
@@ -70,80 +65,78 @@ def open_data(
     *,
     held_out: Sequence[Sequence[int]] | None = None,
 ) -> list[SourceData]:
-    """Open the datasets and hold episodes out.
+    """Open the datasets and hold out episodes.
 
     Args:
-        sizes: of the model.
-        init: the initial checkpoint, whose statistics may be used.
-        held_out: the episodes that a resumed run holds out, per dataset; by default they are chosen, see `hold_out`.
+        sizes: the model's config.
+        init: the initial checkpoint, whose statistics the recipe may use.
+        held_out: the held-out episodes of a resumed run, per dataset; by default `hold_out` chooses them.
     """
-    recorded = [None] * len(config.data.sources) if held_out is None else held_out
+    held_out_per_source = [None] * len(config.data.sources) if held_out is None else held_out
     horizon = sizes.require("action_horizon")
     data = []
-    for source, held in zip(config.data.sources, recorded, strict=True):
+    for source, episodes in zip(config.data.sources, held_out_per_source, strict=True):
         try:
-            data.append(_open_source(source, config, init, horizon, held))
+            data.append(_open_source(source, config, init, horizon, episodes))
         except TorchpiError as error:
             if config.data.mixture:
-                error.add_note(f"({source.dataset} is in a mixture: its options are those of its entry in the recipe.)")
+                error.add_note(f"({source.dataset} is part of a mixture: its options are in its entry in the recipe.)")
             raise
     _check_rates(data)
     return data
 
 
 def _check_rates(data: Sequence[SourceData]) -> None:
-    """Refuse datasets of one robot at several rates: the model could not tell how fast it shall move."""
+    """Refuse datasets of one robot at different rates: the model could not tell how fast to move."""
     for one, other in itertools.combinations(data, 2):
-        is_same = one.embodiment == dataclasses.replace(other.embodiment, control_hz=one.embodiment.control_hz)
-        if is_same and not same_rate(one.train.fps, other.train.fps):
+        same_robot = one.embodiment == dataclasses.replace(other.embodiment, control_hz=one.embodiment.control_hz)
+        if same_robot and not same_rate(one.train.fps, other.train.fps):
             raise TrainingError(
                 f"Robot '{one.embodiment.name}' acts at {one.train.fps:g} Hz in {one.source.dataset} and at "
-                f"{other.train.fps:g} Hz in {other.source.dataset}, by their frames per second. State its control_hz "
-                "in the embodiment, and fps in the mixture for a dataset that was recorded at another rate."
+                f"{other.train.fps:g} Hz in {other.source.dataset}, by their frames per second. State control_hz in "
+                "the embodiment, and fps in the mixture for the dataset that was recorded at another rate."
             )
 
 
 def _open_source(
-    source: Source, config: TrainConfig, init: Checkpoint | None, horizon: int, recorded: Sequence[int] | None
+    source: Source, config: TrainConfig, init: Checkpoint | None, horizon: int, held_out: Sequence[int] | None
 ) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
-    rename = parse_rename(source.rename)
     open_episodes = functools.partial(
         LeRobotDataset,
         source.dataset,
         action_horizon=horizon,
-        embodiment=embodiment,  # other cameras are not decoded
+        embodiment=embodiment,  # cameras that the robot lacks are not decoded
         columns=(),
         image_cache_bytes=int(config.data.image_cache_gb * 1e9),
-        rename=rename,
+        rename=parse_rename(source.rename),
         prompt=source.prompt,
         fps=source.fps,
         tolerance_s=source.tolerance_s,
     )
-    chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
-    whole = open_episodes(episodes=chosen)
-    embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
-    if problems := unit_problems(whole, embodiment):
+    selected = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
+    dataset = open_episodes(episodes=selected)
+    embodiment.to_model(to_observation(dataset[0], embodiment))  # raises an error if the robot and the data don't fit
+    if problems := unit_problems(dataset, embodiment):
         raise TrainingError(problems[0])
-    indices = whole.episode_indices
-    held = set(_choose_held_out(source, config, indices) if recorded is None else recorded)
-    kept = [index for index in indices if index not in held]
-    train = open_episodes(episodes=kept) if held else whole
-    holdout = open_episodes(episodes=held) if held else None
+    indices = dataset.episode_indices
+    excluded = set(_choose_held_out(source, config, indices) if held_out is None else held_out)
+    train = open_episodes(episodes=[index for index in indices if index not in excluded]) if excluded else dataset
+    holdout = open_episodes(episodes=excluded) if excluded else None
     frames = train.new_images
     if config.data.skip_idle:
         frames = frames[~idle_frames(train)[frames]]
     if len(frames) < config.batch_size:
         raise TrainingError(
             f"{source.dataset} has {counted(len(frames), 'frame')} to train on, fewer than a batch of "
-            f"{config.batch_size}; record more, or take a smaller batch_size."
+            f"{config.batch_size}; record more, or use a smaller batch_size."
         )
     stats = _norm_stats(source, init, train, embodiment, horizon)
     return SourceData(source, with_rate(embodiment, train.fps), train, frames, holdout, stats)
 
 
 def _choose_held_out(source: Source, config: TrainConfig, indices: Sequence[int]) -> list[int]:
-    """The episodes that a new run holds out."""
+    """Choose the episodes that a new run holds out."""
     if not config.eval.holdout:
         return []
     if len(indices) < 2:
@@ -151,7 +144,7 @@ def _choose_held_out(source: Source, config: TrainConfig, indices: Sequence[int]
             f"{source.dataset} has {len(indices)} episode, of which none can be held out; record more, or train with "
             "holdout 0."
         )
-    # With one instruction for all, the episodes have one task.
+    # With one prompt for all episodes, they count as one task.
     tasks = {
         episode.index: episode.tasks if source.prompt is None else ()
         for episode in open_metadata(source.dataset).episodes
@@ -163,11 +156,11 @@ def _choose_held_out(source: Source, config: TrainConfig, indices: Sequence[int]
 def _norm_stats(
     source: Source, init: Checkpoint | None, train: LeRobotDataset, embodiment: Embodiment, horizon: int
 ) -> Mapping[str, NormStats]:
-    where, _, asset_id = source.norm_stats.partition(":")
+    origin, _, asset_id = source.norm_stats.partition(":")
     if source.norm_stats == "dataset":
-        found = distributions(train, embodiment, action_horizon=horizon)
-        return {what: values.stats for what, values in found.items()}
-    if where != "init":
+        computed = distributions(train, embodiment, action_horizon=horizon)
+        return {key: distribution.stats for key, distribution in computed.items()}
+    if origin != "init":
         return load_norm_stats(source.norm_stats)
     if init is None:
         raise TrainingError(f"norm_stats {source.norm_stats!r} needs initial weights: set init (--init).")
@@ -179,21 +172,20 @@ def _norm_stats(
             )
         return spec.norm_stats
     spec.require_statistics()
-    files = spec.assets
     asset_id = asset_id or embodiment.asset_id or ""
-    if asset_id not in files:
+    if asset_id not in spec.assets:
         raise TrainingError(
             f"norm_stats {source.norm_stats!r}: {init.address} has statistics for "
-            f"{', '.join(files) or 'no robot'}; choose one as init:ASSET_ID "
-            "(torchpi stats --compare shows which fit), or take those of the dataset."
+            f"{', '.join(spec.assets) or 'no robot'}; choose one as init:ASSET_ID "
+            "(torchpi stats --compare shows which fit), or use those of the dataset."
         )
-    return load_norm_stats(files[asset_id])
+    return load_norm_stats(spec.assets[asset_id])
 
 
 def build_policies(
     config: TrainConfig, model: Pi0, data: Sequence[SourceData], init: Checkpoint | None = None
 ) -> list[Policy]:
-    """A policy for each dataset's robot, around one model, with the preprocessing of the initial checkpoint."""
+    """Build a policy for each dataset's robot, around one model, with the preprocessing of the initial checkpoint."""
     spec = PolicySpec("no checkpoint") if init is None else init.spec()
     if spec.normalization is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
@@ -220,7 +212,7 @@ def build_policies(
 
 
 def check_simulation(config: TrainConfig, policy: Policy) -> None:
-    """Find now, and not at the first checkpoint, that `env` is of another robot, or has no such tasks or episodes."""
+    """Check the simulator's robot, tasks and episodes now, instead of at the first checkpoint."""
     from torchpi.sim import simulator
     from torchpi.sim.actors import check_embodiment, chosen_tasks
     from torchpi.sim.evaluate import check_numbers
@@ -232,7 +224,7 @@ def check_simulation(config: TrainConfig, policy: Policy) -> None:
 
 
 def check_videos(data: Sequence[SourceData], console: Console) -> None:
-    """Find a video that is too short now, and not hours later."""
+    """Check the lengths of all videos now, instead of failing hours later."""
     with Progress(console=console, transient=True) as progress:
         for dataset in (part for source in data for part in (source.train, source.holdout) if part is not None):
             task = progress.add_task(f"videos of {dataset.path.name}", total=None)
@@ -244,11 +236,11 @@ def check_videos(data: Sequence[SourceData], console: Console) -> None:
 
 
 def check_prompts(policies: Sequence[Policy], data: Sequence[SourceData]) -> dict[str, int]:
-    """The number of tokens of each task's longest prompt, or an error if one does not fit."""
-    longest = dict[str, int]()
+    """Count the tokens of each task's longest prompt; raise an error if one exceeds the model's maximum."""
+    num_tokens = dict[str, int]()
     for policy, source in zip(policies, data, strict=True):
-        longest |= _longest_prompts(policy, source)
-    return longest
+        num_tokens |= _longest_prompts(policy, source)
+    return num_tokens
 
 
 def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
@@ -257,39 +249,39 @@ def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     stats, rule = transforms.norm_stats["state"], transforms.normalization["state"]
     states = np.asarray(normalize(values.state, stats, rule, what="state"))
     bins = digitize_state(states.ravel()).reshape(states.shape)
-    digits = np.char.str_len(bins.astype(str)).sum(axis=1)  # one token each, or nearly so
+    num_digits = np.char.str_len(bins.astype(str)).sum(axis=1)  # about one token per digit
     tasks, longest = data.train.columns["task_index"], dict[str, int]()
-    for index in np.unique(tasks).tolist():
-        rows = np.flatnonzero(tasks == index)
-        text = data.train.tasks[index]
-        count = transforms.num_prompt_tokens(text, states[rows[np.argmax(digits[rows])]])
+    for task in np.unique(tasks).tolist():
+        rows = np.flatnonzero(tasks == task)
+        text = data.train.tasks[task]
+        count = transforms.num_prompt_tokens(text, states[rows[np.argmax(num_digits[rows])]])
         longest[text] = max(longest.get(text, 0), count)
     limit = transforms.max_token_len
-    if limit is not None and (too_long := {text: count for text, count in longest.items() if count > limit}):
+    too_long = {text: count for text, count in longest.items() if limit is not None and count > limit}
+    if too_long:
         text, count = max(too_long.items(), key=lambda item: item[1])
         raise TrainingError(
             f"{len(too_long)} of the {len(longest)} tasks of {data.source.dataset} have prompts longer than the "
             f"model's max_token_len {limit}; the longest has {count} tokens: {text!r}. Shorten it, or train with a "
             "larger max_token_len (--model with a JSON file, and --adapt)."
         )
-    # Warns of dimensions that never vary, by name and before the worker processes would, each for itself.
+    # Warns once about dimensions that never vary, by name; otherwise every worker process would.
     policy.prepare(to_observation(data.train[int(data.frames[0])], data.embodiment))
     return longest
 
 
 def _provenance(config: TrainConfig, data: SourceData) -> dict[str, Any]:
-    """The recipe, and the dataset's own provenance, of the episodes that an edit has left in it."""
+    """The recipe, and the dataset's own provenance, reduced to the episodes that editing has left in the dataset."""
     provenance: dict[str, Any] = {"source": "torchpi train", "recipe": dataclasses.asdict(config)}
-    recording = pathlib.Path(data.train.path) / "meta" / "torchpi_recording.json"
-    if recording.is_file():
-        recorded, metadata = read_json_object(recording, error=TrainingError), open_metadata(data.train.path)
-        if not isinstance(recorded.get("tasks"), dict):
-            raise TrainingError(
-                f"{recording} has no object 'tasks': it is damaged. Get the dataset again, or delete it."
-            )
-        recorded.pop("episodes", None)  # the seed decides them
-        texts, lengths = set(metadata.tasks.values()), [episode.length for episode in metadata.episodes]
-        tasks = {task: text for task, text in recorded["tasks"].items() if text in texts}
+    file = pathlib.Path(data.train.path) / "meta" / "torchpi_recording.json"
+    if file.is_file():
+        recording, metadata = read_json_object(file, error=TrainingError), open_metadata(data.train.path)
+        if not isinstance(recording.get("tasks"), dict):
+            raise TrainingError(f"{file} has no object 'tasks': it is damaged. Get the dataset again, or delete it.")
+        recording.pop("episodes", None)  # they follow from the seed
+        instructions = set(metadata.tasks.values())
+        tasks = {task: text for task, text in recording["tasks"].items() if text in instructions}
+        lengths = [episode.length for episode in metadata.episodes]
         counts = {"num_episodes": len(lengths), "num_frames": sum(lengths)}
-        provenance |= {"dataset": {**recorded, "tasks": tasks, **counts}, "tasks": list(tasks)}
+        provenance |= {"dataset": {**recording, "tasks": tasks, **counts}, "tasks": list(tasks)}
     return {**provenance, "torchpi": __version__}

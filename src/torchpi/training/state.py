@@ -1,6 +1,6 @@
-"""The state of a run between two updates: weights, their EMA and AdamW's moments; read from a checkpoint.
+"""The training state (weights, their EMA and AdamW's moments), and reading it from a checkpoint.
 
-RUN/checkpoints/STEP/state/*        the state, of each process its share; frozen weights come from `init` again
+RUN/checkpoints/STEP/state/*        the state, in one or more files per process; frozen weights are read from `init`
 RUN/checkpoints/STEP/policy         a policy folder with the EMA weights
 """
 
@@ -31,23 +31,23 @@ class TrainState:
 
     model: Pi0
     trainable: dict[str, nn.Parameter]
-    """Trainable parameters by name; DTensors where they are sharded, and so are gradients, moments and EMA."""
+    """Trainable parameters by name. If they are sharded DTensors, so are gradients, moments and EMA."""
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
-    """Empty without one."""
+    """EMA weights by name; empty if the run has none."""
     step: int = 0
 
     @classmethod
     def create(cls, model: Pi0, *, weight_decay: float, ema: bool, optimizer: Optimizer = "adamw") -> "TrainState":
-        """The state before the first update; the EMA starts at the weights."""
+        """Create the state before the first update; the EMA starts at the weights."""
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        averages = {name: parameter.detach().clone() for name, parameter in trainable.items()} if ema else {}
-        made = make_optimizer(trainable.values(), weight_decay=weight_decay, kind=optimizer)
-        return cls(model, trainable, made, averages)
+        ema_weights = {name: parameter.detach().clone() for name, parameter in trainable.items()} if ema else {}
+        adamw = make_optimizer(trainable.values(), weight_decay=weight_decay, kind=optimizer)
+        return cls(model, trainable, adamw, ema_weights)
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[Pi0]:
-        """The model with its EMA weights, for as long as the context lasts."""
+        """Context in which the model has its EMA weights."""
         self._swap_ema()
         try:
             yield self.model
@@ -56,16 +56,16 @@ class TrainState:
 
     @torch.no_grad()
     def _swap_ema(self) -> None:
-        """Swap weights and EMA, one array at a time."""
+        """Swap weights and EMA weights, one array at a time."""
         release_gathered(self.model)
-        for name, average in self.ema.items():
+        for name, ema in self.ema.items():
             weights = self.trainable[name]
-            before = weights.clone()
-            weights.copy_(average)
-            average.copy_(before)
+            previous = weights.clone()
+            weights.copy_(ema)
+            ema.copy_(previous)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state under flat names: "weights.NAME", "ema.NAME", and the optimizer's "exp_avg.NAME", …."""
+        """The state's tensors under flat names: "weights.NAME", "ema.NAME", "exp_avg.NAME" and so on."""
         named: dict[str, Tensor] = {f"weights.{name}": value.detach() for name, value in self.trainable.items()}
         named |= {f"ema.{name}": value for name, value in self.ema.items()}
         for name, parameter in self.trainable.items():
@@ -75,73 +75,74 @@ class TrainState:
         return named
 
     def load(self, folder: pathlib.Path, step: int) -> None:
-        """Load the state of a checkpoint, whatever number of processes has written it."""
+        """Load the state of a checkpoint, written by any number of processes."""
         self._make_moments(step)
         own = self.tensors()
         try:
             reader = dcp.HuggingFaceStorageReader(str(folder))
-            found = {name: tuple(entry.size) for name, entry in _headers(reader).state_dict_metadata.items()}
-            shapes = {name: tuple(value.shape) for name, value in own.items()}
-            if found != shapes:
-                wrong = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
+            saved = {name: tuple(entry.size) for name, entry in _headers(reader).state_dict_metadata.items()}
+            expected = {name: tuple(value.shape) for name, value in own.items()}
+            if saved != expected:
+                wrong = sorted(name for name in {*saved, *expected} if saved.get(name) != expected.get(name))
                 raise TrainingError(f"It belongs to another model, recipe or optimizer: {', '.join(wrong[:6])} differ.")
             dcp.load(own, storage_reader=reader)
         except (OSError, ValueError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
             damaged = folder.parent
             older = [path for path in checkpoints(damaged.parent.parent) if int(path.name) < step]
-            then = f"continues from {older[-1]}" if older else "begins with the first step: there is none before it"
+            fallback = (
+                f"continues from {older[-1]}" if older else "starts at the first step: there is no older checkpoint"
+            )
             raise TrainingError(
                 f"{folder} can't be loaded: {str(error).rstrip('.')}. Move the checkpoint {damaged} elsewhere or "
-                f"delete it; --resume then {then}."
+                f"delete it; --resume then {fallback}."
             ) from error
         self.step = step
 
     def _make_moments(self, step: int) -> None:
-        """Make the optimizer's state, which it makes itself at its first step only, to be read."""
+        """Create the optimizer's state, so that it can be loaded; the optimizer itself creates it in its first step."""
         if hasattr(self.optimizer, "init_state"):  # bitsandbytes
-            for group_number, group in enumerate(self.optimizer.param_groups):
-                for number, part in enumerate(group["params"]):
-                    self.optimizer.init_state(group, part, group_number, number)
-                    self.optimizer.state[part]["step"] = step
+            for group_index, group in enumerate(self.optimizer.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    self.optimizer.init_state(group, parameter, group_index, index)
+                    self.optimizer.state[parameter]["step"] = step
             return
         for parameter in self.trainable.values():
             moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-            # As AdamW makes it: its fused kernel reads the step where the weights are.
+            # Like AdamW's own state: the fused kernel expects the step on the device of the weights.
             self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
 
 
 def checkpoints(run: pathlib.Path) -> list[pathlib.Path]:
     """The checkpoints of a run, oldest first."""
-    folder = run / CHECKPOINTS
-    found = [path for path in folder.iterdir() if re.fullmatch(r"\d{8,}", path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name))
+    paths = (run / CHECKPOINTS).glob("*")
+    return sorted((path for path in paths if re.fullmatch(r"\d{8,}", path.name)), key=lambda path: int(path.name))
 
 
 class StateArrays:
-    """The whole arrays of a checkpoint's state, one at a time, whatever number of processes has written them."""
+    """Reads the unsharded arrays of a saved state one at a time, written by any number of processes."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         metadata = _headers(dcp.HuggingFaceStorageReader(str(folder)))
         self._entries: dict[str, Any] = dict(metadata.state_dict_metadata)
         self.names = tuple(self._entries)
-        self._places: dict[str, list[Any]] = {}
-        for index, place in metadata.storage_data.items():
-            self._places.setdefault(index.fqn, []).append((index.offset, place))
+        self._chunks: dict[str, list[Any]] = {}
+        for index, chunk in metadata.storage_data.items():
+            self._chunks.setdefault(index.fqn, []).append((index.offset, chunk))
 
     def read(self, name: str) -> Tensor:
-        """An array, on the CPU."""
+        """Read an array to the CPU."""
         entry = self._entries[name]
         array = torch.empty(entry.size, dtype=entry.properties.dtype)
-        for offset, place in self._places[name]:
-            part = tuple(slice(start, start + size) for start, size in zip(offset, place.shape, strict=True))
-            with safetensors.safe_open(place.relative_path, framework="pt") as file:
-                array[part] = file.get_tensor(name)
+        for offset, chunk in self._chunks[name]:
+            region = tuple(slice(start, start + size) for start, size in zip(offset, chunk.shape, strict=True))
+            with safetensors.safe_open(chunk.relative_path, framework="pt") as file:
+                array[region] = file.get_tensor(name)
         return array
 
 
 def _headers(reader: "dcp.HuggingFaceStorageReader") -> Any:
-    """Shapes and dtypes of a state's arrays, and the places of their parts."""
-    metadata: Any = reader.read_metadata()  # Any: it may hold other things than tensors, which a state does not
+    """Read the shapes, dtypes and files of a saved state's arrays; raise an error if a file is missing."""
+    metadata: Any = reader.read_metadata()  # Any: its type allows other entries than tensors
     for name, entry in metadata.state_dict_metadata.items():
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             raise TrainingError(f"A file is missing in {reader.path}: there are only parts of {name}.")

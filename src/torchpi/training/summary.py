@@ -1,4 +1,4 @@
-"""The summary of a run before its first step: run.json, and the same printed."""
+"""The summary of a run before its first step: run.json, and the text printed from it."""
 
 import dataclasses
 import datetime
@@ -30,13 +30,14 @@ from torchpi.ui.format import format_count, large_count
 from torchpi.ui.tables import Column, Table
 from torchpi.version import __version__
 
-_MOSTLY_INITIAL = 0.5
+_MAX_INITIAL_FRACTION = 0.5
+"""A warning is printed if the final EMA weights keep a larger fraction of the initial ones."""
 
 
 def run_document(
     config: TrainConfig, world: World, model: Pi0, init: InitReport, data: Sequence[SourceData]
 ) -> dict[str, Any]:
-    """run.json: the start of the run, or its last resume."""
+    """The document of run.json, written when the run starts or is resumed."""
     fresh = list(init.fresh) if init.loaded else len(init.fresh)
     return {
         "command": shlex.join([*sys.orig_argv[:1], *sys.argv]),
@@ -65,7 +66,7 @@ def run_document(
 
 
 def now() -> str:
-    """The time, as run.json has it."""
+    """The current time in the format of run.json."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -82,9 +83,9 @@ def describe(
     """Print the model, its trained parameters and initial weights, and the data.
 
     Args:
-        info: the run's document.
-        prompts: tokens of each task's longest prompt.
-        first_step: that of the checkpoint from which the run is resumed; 0: it begins, unless `stats_problems` raises.
+        info: the document of run.json.
+        prompts: number of tokens of each task's longest prompt.
+        first_step: step of the checkpoint from which the run is resumed; 0 for a new run, whose statistics are checked.
     """
     text, table = show_parameters(info["parameters"])
     console.print(f"{model.config.variant}, {config.model.finetune}: {text}")
@@ -98,12 +99,12 @@ def describe(
         if source.source.norm_stats != "dataset" and not first_step:
             for problem in stats_problems(source.train, source.embodiment, policy.transforms):
                 console.print(f"  warning: {problem}")
-    for one, other in itertools.combinations([each for each in data if each.source.norm_stats == "dataset"], 2):
-        robots = one.embodiment, other.embodiment
-        if len({(robot.state_names, robot.action_names) for robot in robots}) == 1:
+    own_stats = [source for source in data if source.source.norm_stats == "dataset"]
+    for one, other in itertools.combinations(own_stats, 2):
+        if len({(source.embodiment.state_names, source.embodiment.action_names) for source in (one, other)}) == 1:
             console.print(
-                f"  note: {one.source.dataset} and {other.source.dataset} have the same state and actions, and each "
-                "its own statistics, as of two robots; for one policy: torchpi data merge, or norm_stats with a file"
+                f"  note: {one.source.dataset} and {other.source.dataset} have the same state and actions, but "
+                "each its own statistics, like two robots; if they are one: torchpi data merge, or norm_stats with a file"
             )
     longest = max(prompts, key=lambda text: prompts[text])
     limit = model.config.max_token_len or "any number of"
@@ -116,32 +117,35 @@ def describe(
     )
     if not has_bfloat16(torch.device(info["device"])):
         emulated = f"this {info['device']} device has no bfloat16 arithmetic and emulates it, many times slower"
-        is_slow = config.model.dtype == "bfloat16"
-        console.print(f"  warning: {emulated}: --dtype float32" if is_slow else f"matmuls in float32: {emulated}")
+        if config.model.dtype == "bfloat16":
+            console.print(f"  warning: {emulated}: --dtype float32")
+        else:
+            console.print(f"matmuls in float32: {emulated}")
     _warn_of_short_run(console, config)
 
 
 def _warn_of_short_run(console: Console, config: TrainConfig) -> None:
-    """Warn where the run ends before the warm-up, or before the EMA weights have left the initial ones."""
+    """Warn if the run is shorter than the warm-up, or too short for the EMA to forget the initial weights."""
     optim, steps = config.optim, config.num_steps
     if steps <= optim.warmup_steps:
         highest = learning_rate(steps - 1, optim, steps)
         console.print(
             f"  warning: warmup_steps {optim.warmup_steps} is not below num_steps {steps}: the learning rate reaches "
-            f"{highest:.2g}, not lr {optim.lr:g}; --warmup-steps {steps // 30}, as openpi's share, reaches it"
+            f"{highest:.2g}, not lr {optim.lr:g}; --warmup-steps {steps // 30}, openpi's fraction, reaches it"
         )
     if (end := optim.decay_steps or steps) < steps and optim.lr_schedule == "cosine":
         console.print(f"  note: the learning rate stays at min_lr {optim.min_lr:g} from decay_steps {end} on")
-    if (kept := optim.ema_decay**steps) > _MOSTLY_INITIAL and optim.ema_decay:
+    initial_fraction = optim.ema_decay**steps
+    if initial_fraction > _MAX_INITIAL_FRACTION:
         console.print(
-            f"  warning: the EMA weights, with which the policy is saved, keep {100 * kept:.0f} % of the initial ones "
+            f"  warning: the EMA weights of the saved policy keep {100 * initial_fraction:.0f} % of the initial ones "
             f"after {counted(steps, 'step')} (ema_decay {optim.ema_decay:g}); --ema-decay {max(0, 1 - 10 / steps):.3g} "
             "keeps none"
         )
 
 
 def show_parameters(parts: Sequence[Mapping[str, Any]]) -> tuple[str, Table]:
-    """A sentence and a table about "parameters" of run.json, whose fields may be missing."""
+    """Summarize "parameters" of run.json, whose fields may be missing, in a sentence and a table."""
     names = {"trainable": "trainable", "frozen": "frozen", "without_gradient": "without gradient"}
     counts = [{name: int(number(part.get(name)) or 0) for name in names} for part in parts]
     totals = {name: sum(count[name] for count in counts) for name in names}
@@ -153,20 +157,24 @@ def show_parameters(parts: Sequence[Mapping[str, Any]]) -> tuple[str, Table]:
     ]
     text = f"{large_count(totals['trainable'])} of {large_count(sum(totals.values()))} parameters are trainable."
     if totals["without_gradient"]:
-        text += " Those without gradient are not frozen, but the loss does not depend on them."
+        text += " Parameters without gradient are not frozen, but the loss does not depend on them."
     return text, Table(columns, rows, ("all", *(format_count(totals[name]) for name in shown), ""))
 
 
 def _describe_weights(console: Console, info: Mapping[str, Any], first_step: int) -> None:
     init = info["init"]
     if first_step:
-        frozen = f"; frozen weights: {init['source']}" if any(part["frozen"] for part in info["parameters"]) else ""
+        has_frozen = any(part["frozen"] for part in info["parameters"])
+        frozen = f"; frozen weights: {init['source']}" if has_frozen else ""
         console.print(f"weights: checkpoint at step {first_step}{frozen}")
         return
-    if isinstance(fresh := init["fresh"], int):  # nothing was loaded
+    fresh = init["fresh"]
+    if isinstance(fresh, int):  # nothing was loaded
         fresh_text = f"{fresh} fresh"
+    elif not fresh:
+        fresh_text = "none fresh"
     elif all(map(is_lora, fresh)):
-        fresh_text = f"{len(fresh)} fresh: the LoRA matrices" if fresh else "none fresh"
+        fresh_text = f"{len(fresh)} fresh: the LoRA matrices"
     else:
         fresh_text = f"{len(fresh)} fresh: {first_of(fresh)}"
     console.print(f"weights: {init['source']}; {counted(init['loaded'], 'array')} loaded, {fresh_text}")
@@ -188,10 +196,10 @@ def _describe_dataset(
     )
     if note := rate_note(data.train.fps, data.train.recorded_fps, data.embodiment):
         console.print(f"  {note}")
-    blank = [index for index, text in data.train.tasks.items() if not text.strip()]
-    without = int(np.isin(data.train.columns["task_index"][data.frames], blank).sum())
-    if without:
+    blank_tasks = [index for index, text in data.train.tasks.items() if not text.strip()]
+    num_blank = int(np.isin(data.train.columns["task_index"][data.frames], blank_tasks).sum())
+    if num_blank:
         console.print(
-            f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
-            "gives one to all, episodes leaves some out"
+            f"  warning: {num_blank} of these frames have no instruction, and are trained with an empty one; prompt "
+            "sets one for all, episodes selects others"
         )

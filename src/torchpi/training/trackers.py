@@ -1,7 +1,7 @@
-"""Trackers of a run: TensorBoard, and Weights & Biases.
+"""Trackers of a run: TensorBoard and Weights & Biases.
 
-Both follow a run over its interruptions: TensorBoard forgets the steps behind the one that is resumed; Weights & Biases
-keeps them, as points at steps that come twice, because its servers take nothing back.
+Both continue their curves when a run is resumed. TensorBoard drops the steps after the checkpoint; Weights & Biases
+can't delete them, so its curves show these steps twice.
 """
 
 import json
@@ -24,7 +24,7 @@ class _TensorBoard:
     package = "torch.utils.tensorboard", "data"
 
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
-        # Readers drop the events from purge_step on that are in older files.
+        # TensorBoard then ignores events of older files from this step on.
         purge_step = resume_step + 1 if resume_step else None
         self._writer: Any = require(*self.package).SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
         document = json.dumps(config, indent=2, ensure_ascii=False)
@@ -33,7 +33,7 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # so that a run that is killed leaves what it has logged
+        self._writer.flush()  # a killed run must not lose what it has logged
 
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
         with Image.open(path) as opened:
@@ -45,7 +45,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of Weights & Biases; its files are in RUN/wandb, its settings come from WANDB_PROJECT, WANDB_MODE, ….
+    """A run of Weights & Biases, with files in RUN/wandb and settings from WANDB_PROJECT, WANDB_MODE and so on.
 
     With WANDB_MODE=offline nothing leaves the machine until `wandb sync RUN/wandb/offline-run-*`.
     """
@@ -66,15 +66,15 @@ class _WandB:
                 resume="allow",
                 dir=str(run),
                 config=dict(config),
-                # What is printed stays here: the progress bar is drawn over and over.
+                # Console output is not uploaded: it contains every redraw of the progress bar.
                 settings=self._wandb.Settings(console="off"),
             )
         except self._wandb.errors.Error as error:
             raise TrainingError(
-                f"Weights & Biases does not start: {error} Log in with: wandb login; or work without the network: "
+                f"Weights & Biases does not start: {error} Log in with wandb login, or work without the network: "
                 "WANDB_MODE=offline."
             ) from error
-        # wandb's own step only grows, and it would drop the lines of a run that has gone back.
+        # wandb's own step can only grow: it would drop the lines of a run that was resumed at an earlier step.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
@@ -91,7 +91,7 @@ TRACKERS: dict[str, type[_TensorBoard | _WandB]] = {"tensorboard": _TensorBoard,
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raise an error for a name that is unknown or a package that is missing."""
+    """Raise an error for unknown trackers and missing packages."""
     if unknown := sorted(set(names) - set(TRACKERS)):
         raise TrainingError(f"There is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}.")
     for name in names:
@@ -99,15 +99,15 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run as one, which take its numbers and plots."""
+    """All trackers of a run."""
 
     def __init__(self, names: Sequence[str], run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
         """
         Args:
-            names: of `TRACKERS`; without names nothing is tracked.
-            run: the run's folder, in which they keep their files.
-            config: the recipe, which is shown with the numbers.
-            resume_step: the last step that is kept of a resumed run; 0: a new run.
+            names: names of `TRACKERS`; may be empty.
+            run: the run folder, for the trackers' files.
+            config: the recipe, which the trackers show with the metrics.
+            resume_step: step of the checkpoint that a run is resumed from; 0 for a new run.
         """
         require_trackers(names)
         self.open: list[_TensorBoard | _WandB] = []
@@ -119,7 +119,7 @@ class Trackers:
             raise
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Log numbers at a step, by name; "/" in a name makes groups."""
+        """Log numbers by name at a step; names with a "/" are shown in groups."""
         for tracker in self.open:
             tracker.log(step, values)
 
@@ -129,6 +129,6 @@ class Trackers:
             tracker.image(step, name, path)
 
     def close(self) -> None:
-        """Write what is pending; nothing can be logged afterwards."""
+        """Write pending data and end the trackers."""
         while self.open:
             self.open.pop().close()
