@@ -16,14 +16,14 @@ import torchpi
 from torchpi.cli import main
 from torchpi.training.config import TrainConfig
 
-# Their action dimensions state no command; a test of the policy folder holds the warning.
+# The old files state no command for their actions; the warning is tested with the policy folder.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not say what its actions command:UserWarning")
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 KEYS = ("loss", "grad_norm", "holdout_loss")
 POLICIES = ("policy_pi05_v1", "policy_pi05_v2", "policy_pi0_v1", "policy_pi0_v2")
 
-# What earlier versions took, and the name that an error has to give where it is taken no longer.
+# Options of earlier versions, and the name that an error must mention if the option is no longer accepted.
 OLD_FLAGS = {
     "train --accumulate 2": "grad-accum-steps",
     "train --num-draws 2": "flow-samples-per-obs",
@@ -38,7 +38,7 @@ OLD_FLAGS = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums of several threads are added in another order."""
+    """Several threads add sums in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def one_thread():
 
 
 def assert_same_numbers(actual, expected, arithmetic) -> None:
-    """To the rounding of float32 where PyTorch and the CPU's instructions are those that computed `expected`."""
+    """Compare to float32 rounding if PyTorch and the CPU's instruction set are those that computed `expected`."""
     here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
     same = all(str(value) == str(arithmetic[name]) for name, value in here.items())
     np.testing.assert_allclose(actual, expected, rtol=1e-6 if same else 1e-5, atol=2e-7 if same else 1e-6)
@@ -83,7 +83,7 @@ def test_run_resumes_with_same_losses(tmp_path, monkeypatch):
     with np.load("resumed_arithmetic.npz") as arithmetic:
         found = {key: [[line[key] for line in each if key in line] for each in (resumed, expected)] for key in KEYS}
         assert_same_numbers(*found["grad_norm"], arithmetic)
-        for key in ("loss", "holdout_loss"):  # their elements are added in another order than in earlier versions
+        for key in ("loss", "holdout_loss"):  # earlier versions add the elements in another order
             np.testing.assert_allclose(*found[key], rtol=5e-7)
     assert len([line for line in lines if "loss" in line]) == 6
     policy = torchpi.load_policy("run/checkpoints/00000006/policy", device="cpu")
@@ -142,11 +142,11 @@ def test_python_recipe_keeps_its_values():
 
 
 @pytest.mark.parametrize("arguments", OLD_FLAGS)
-def test_old_flag_is_read_or_its_error_names_the_new_one(arguments, tmp_path, capsys):
+def test_old_flag_works_or_its_error_names_the_new_flag(arguments, tmp_path, capsys):
     rest = ["--dataset", str(tmp_path / "missing"), "--embodiment", "metaworld", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as end:
         main([*arguments.split(), *rest])
-    if end.value.code != 1:  # 1: the flag is read, and the dataset missing
+    if end.value.code != 1:  # 1: the flag is accepted, but the dataset is missing
         assert re.search(rf"--([\w-]+\.)?{OLD_FLAGS[arguments]}\b", capsys.readouterr().err)
 
 
@@ -159,7 +159,7 @@ def test_old_flag_is_read_or_its_error_names_the_new_one(arguments, tmp_path, ca
         ("bench serve --guided mid", "python benchmarks/guidance.py"),
     ],
 )
-def test_old_benchmark_names_the_new_one(arguments, new, capsys):
+def test_old_benchmark_error_names_the_new_command(arguments, new, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(arguments.split())
     assert new in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Augmentation: the original's images from the original's parameters, and what each change may touch."""
+"""Augmentation: equality with openpi's images, and the effect of each parameter."""
 
 import colorsys
 import json
@@ -24,8 +24,8 @@ def golden_augment(golden_root):
 
 
 @pytest.mark.parametrize("case", ["base.key1", "wrist.key0", "wrist.key2"])
-def test_the_originals_parameters_give_the_originals_image(case, golden_augment):
-    """Every second row and column; the original's saturation has no effect."""
+def test_augmented_images_equal_openpi(case, golden_augment):
+    """The golden images have every second row and column; openpi's saturation has no effect."""
     arrays, cases = golden_augment
     parameters = cases[case]
     image = torch.from_numpy(arrays["input_uint8"])[None].float() / 255
@@ -38,7 +38,7 @@ def test_the_originals_parameters_give_the_originals_image(case, golden_augment)
     assert np.abs(image[0, ::2, ::2].numpy() - arrays[f"{case}.output"]).max() < 1e-4
 
 
-def test_colours_change_as_the_standard_librarys_hsv_says():
+def test_jitter_equals_colorsys():
     rng = np.random.default_rng(0)
     image = torch.from_numpy(rng.random((1, 6, 6, 3), np.float32))
     brightness, saturation, hue = 0.2, -0.3, 0.08
@@ -49,7 +49,7 @@ def test_colours_change_as_the_standard_librarys_hsv_says():
         np.testing.assert_allclose(after, expected, atol=1e-5)
 
 
-def test_the_short_way_without_hue_and_saturation_is_the_long_way():
+def test_jitter_without_hue_and_saturation_equals_the_general_formula():
     rng = np.random.default_rng(1)
     image = torch.from_numpy(rng.random((1, 8, 8, 3), np.float32))
     short = jitter(image, batch(-0.2), batch(0.3), batch(0.0), batch(0.0))
@@ -64,7 +64,7 @@ def test_grey_and_black_stay_grey_and_black():
     assert out[0, 0, 1].std() < 1e-6
 
 
-def test_zeros_change_nothing():
+def test_zero_parameters_change_nothing():
     image = torch.rand(2, 8, 8, 3, generator=torch.Generator().manual_seed(0))
     zeros = torch.zeros(2)
     assert jitter(image, zeros, zeros, zeros, zeros) is image
@@ -88,7 +88,7 @@ def observation(size: int = 16) -> Observation:
     )
 
 
-def test_wrist_cameras_are_not_moved_and_samples_have_their_own_parameters():
+def test_wrist_cameras_are_not_warped_and_parameters_are_per_sample():
     before = observation()
     config = Augmentation(color_probability=0.0)
     values = np.stack([draw(config, generator_at(0, "test", i), 16) for i in range(2)])
@@ -97,7 +97,7 @@ def test_wrist_cameras_are_not_moved_and_samples_have_their_own_parameters():
     after = augment(before, config, parameters)
     torch.testing.assert_close(after.images["left_wrist_0_rgb"], before.images["left_wrist_0_rgb"])
     assert (after.images["base_0_rgb"] != before.images["base_0_rgb"]).any()
-    # The same sample in another batch looks the same.
+    # The same parameters give the same images again.
     alone = augment(observation(), config, {name: torch.from_numpy(values) for name in before.images})
     torch.testing.assert_close(alone.images["base_0_rgb"], after.images["base_0_rgb"])
 
@@ -115,6 +115,6 @@ def test_drawn_parameters_stay_in_their_ranges():
 @pytest.mark.parametrize(
     "fields", [{"crop": 0.0}, {"crop": 1.1}, {"brightness": -0.1}, {"contrast": 1.0}, {"degrees": 200.0}, {"hue": 2.0}]
 )
-def test_impossible_settings_are_errors(fields):
+def test_invalid_settings_raise_error(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Augmentation(**fields)

@@ -1,4 +1,4 @@
-"""Operations whose gradients are written by hand, compared with what autograd makes of their plain formulas."""
+"""Operations with hand-written gradients, compared with autograd on their plain formulas."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def drawn(*shape, seed=0, dtype=torch.float32):
 
 
 def assert_same(found, expected, inputs, dtype=torch.float32):
-    """Value and gradients of two results of the same inputs."""
+    """Compare values and gradients of two results of the same inputs."""
     tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(found, expected, **tolerance)
     assert found.dtype == dtype
@@ -26,7 +26,7 @@ def assert_same(found, expected, inputs, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rope_turns_pairs_and_turns_gradients_back(dtype):
+def test_rope_equals_rotation_formula(dtype):
     x = drawn(2, 5, 3, 8, dtype=dtype)
     positions = torch.tensor([[0, 1, 2, 3, 40], [0, 0, 5, 6, 7]])
     angle = positions[:, :, None, None] / 10_000.0 ** (torch.arange(4) / 4)  # [B, S, 1, K/2]
@@ -36,7 +36,7 @@ def test_rope_turns_pairs_and_turns_gradients_back(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norms(dtype):
+def test_rms_norms_equal_their_formulas(dtype):
     x, scale, modulation = drawn(3, 4, 16, dtype=dtype), drawn(16, seed=1), drawn(3, 1, 48, seed=2, dtype=dtype)
 
     def normalized():
@@ -54,7 +54,7 @@ def test_rms_norms(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_geglu(dtype):
+def test_geglu_equals_its_formula(dtype):
     x = drawn(2, 3, 8, dtype=dtype)
     layer = FeedForward(GemmaConfig(width=8, depth=1, mlp_dim=12, num_heads=1, num_kv_heads=1, head_dim=8))
     for parameter in layer.parameters():
@@ -73,7 +73,7 @@ def test_geglu(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [None, 1, 5])
-def test_attention_with_gradients_is_the_fused_one(rows, dtype):
+def test_attention_equals_fused_attention(rows, dtype):
     q, k, v = (
         drawn(2, 5, 4, 8, dtype=dtype),
         drawn(2, 7, 2, 8, seed=1, dtype=dtype),

@@ -1,4 +1,4 @@
-"""Schedule, clipping and average, against the original's formulas written out."""
+"""Schedules, clipping, AdamW and EMA, compared with openpi's formulas."""
 
 import dataclasses
 import math
@@ -10,12 +10,12 @@ from torchpi.training.config import OptimConfig
 from torchpi.training.optim import clip_gradients, learning_rate, make_optimizer, update_ema
 
 SCHEDULE = OptimConfig(lr=1e-3, warmup_steps=5, decay_steps=20, min_lr=1e-4)
-# golden/training of the original: its schedule at steps 0, 5 and 20.
-ORIGINAL = {0: 1e-3 / 6, 5: 1e-3, 20: 1e-4}
+# openpi's schedule at steps 0, 5 and 20, from golden/training.
+OPENPI = {0: 1e-3 / 6, 5: 1e-3, 20: 1e-4}
 
 
-def test_schedule_is_the_originals():
-    for step, expected in ORIGINAL.items():
+def test_cosine_schedule_equals_openpi():
+    for step, expected in OPENPI.items():
         assert learning_rate(step, SCHEDULE, 1000) == pytest.approx(expected, rel=1e-12)
     assert learning_rate(3, SCHEDULE, 1000) == pytest.approx(1e-3 / 6 + 3 / 5 * (1e-3 - 1e-3 / 6))
     middle = 1e-4 + 9e-4 * (1 + math.cos(math.pi * 7 / 15)) / 2
@@ -23,7 +23,7 @@ def test_schedule_is_the_originals():
     assert learning_rate(500, SCHEDULE, 1000) == pytest.approx(1e-4)
 
 
-def test_other_schedules_stay_or_fall_with_the_root_of_the_steps():
+def test_constant_and_rsqrt_schedules():
     assert learning_rate(900, dataclasses.replace(SCHEDULE, lr_schedule="constant"), 1000) == 1e-3
     falling = dataclasses.replace(SCHEDULE, lr_schedule="rsqrt", timescale=100.0)
     assert learning_rate(5, falling, 1000) == pytest.approx(1e-3)
@@ -43,7 +43,7 @@ def parameters(*gradients: list[float]) -> list[torch.Tensor]:
     return made
 
 
-def test_clipping_cuts_to_exactly_the_norm_and_leaves_small_gradients():
+def test_clipping_scales_to_exactly_max_norm_and_keeps_small_gradients():
     big = parameters([3.0, 0.0], [4.0])
     assert clip_gradients(big, 1.0) == pytest.approx(5.0)
     torch.testing.assert_close(torch.cat([p.grad for p in big]), torch.tensor([0.6, 0.0, 0.8]), atol=0, rtol=1e-7)
@@ -52,12 +52,12 @@ def test_clipping_cuts_to_exactly_the_norm_and_leaves_small_gradients():
     assert small[0].grad.tolist() == pytest.approx([0.3, 0.4])
 
 
-def test_parameters_without_a_gradient_are_left_out_of_the_norm():
+def test_parameters_without_gradient_do_not_count_in_the_norm():
     with_gradient = parameters([2.0])
     assert clip_gradients([*with_gradient, torch.zeros(3, requires_grad=True)], 10.0) == pytest.approx(2.0)
 
 
-def test_an_update_is_adamw_written_out():
+def test_optimizer_equals_adamw_formulas():
     generator = torch.Generator().manual_seed(0)
     parameter = torch.randn(5, generator=generator).requires_grad_()
     expected, mu, nu = parameter.detach().double().clone(), torch.zeros(5).double(), torch.zeros(5).double()
@@ -74,6 +74,6 @@ def test_an_update_is_adamw_written_out():
 
 
 def test_ema_moves_by_one_minus_decay():
-    average, parameter = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])]
-    update_ema(average, parameter, 0.9)
-    assert average[0].tolist() == pytest.approx([1.2, 2.0])
+    ema, parameter = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])]
+    update_ema(ema, parameter, 0.9)
+    assert ema[0].tolist() == pytest.approx([1.2, 2.0])

@@ -1,4 +1,4 @@
-"""Progress of long runs, in a log and on a terminal, and tables on a narrow one."""
+"""Progress of long runs in logs and terminals, and tables in narrow terminals."""
 
 import itertools
 import sys
@@ -9,7 +9,7 @@ from torchpi.ui.progress import progress_bar
 from torchpi.ui.tables import Column, PlainConsole, Table
 
 
-def test_a_log_gets_a_line_per_minute_and_the_last(capsys):
+def test_log_has_a_line_per_minute_and_the_last_line(capsys):
     seconds = itertools.count(0, 25)  # at every update
     with progress_bar("frames", 10, completed=2, clock=lambda: next(seconds)) as advance:
         for number in range(3, 11):
@@ -21,23 +21,23 @@ def test_a_log_gets_a_line_per_minute_and_the_last(capsys):
     ]
 
 
-def test_progress_that_is_not_shown_prints_nothing(capsys):
+def test_hidden_progress_prints_nothing(capsys):
     with progress_bar("frames", 1, shown=False) as advance:
         advance()
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_notebook_gets_lines_of_a_log(capsys, monkeypatch):
+def test_notebook_prints_log_lines(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks have it
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in notebooks
     with progress_bar("steps", 2) as advance:
         advance("loss 1")
         advance("loss 0.5")
     assert capsys.readouterr().err.startswith("steps 2/2, loss 0.5")
 
 
-def test_a_narrow_terminal_shows_the_count_and_the_note(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+def test_narrow_terminal_shows_count_and_note(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
     with progress_bar("evaluating episodes", 500, completed=433) as advance:
@@ -47,7 +47,7 @@ def test_a_narrow_terminal_shows_the_count_and_the_note(capsys, monkeypatch):
     assert "…" not in shown
 
 
-def test_a_narrow_terminal_shows_names_and_numbers_whole(capsys):
+def test_narrow_terminal_does_not_truncate_names_and_numbers(capsys):
     columns = [Column("task", "name"), Column("instruction"), Column("success, 95 % interval", "rate")]
     rows = [["drawer-open", "open the drawer", Rate(0.5, (0.1, 0.9), 2), "103"]]
     PlainConsole(width=40).print(Table([*columns, Column("steps", "number")], rows).to_rich(), crop=False)

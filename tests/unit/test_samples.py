@@ -1,4 +1,4 @@
-"""Several samples of the actions for one observation: the plain way's numbers, the choice, and their spread."""
+"""Several action samples per observation: equal to separate calls, the choice among them, their standard deviation."""
 
 import jaxtyping
 import numpy as np
@@ -32,7 +32,7 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("rtc", RTC, ids=lambda names: "+".join(names) or "plain")
 @pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
-def test_samples_are_those_of_separate_calls_with_the_same_noises(pi05, rtc):
+def test_samples_equal_separate_calls_with_the_same_noise(pi05, rtc):
     model, observation = make_model(pi05=pi05), make_observation()
     settings = {"num_steps": STEPS, **conditions(rtc)}
     expected = torch.stack(
@@ -44,7 +44,7 @@ def test_samples_are_those_of_separate_calls_with_the_same_noises(pi05, rtc):
     assert (expected[:, 0] - expected[:, 1]).abs().max() > 0.1
 
 
-def test_one_sample_is_sample_actions_to_the_bit_and_further_ones_change_no_noise():
+def test_one_sample_equals_sample_actions_and_more_samples_keep_its_noise():
     model, observation = make_model(), make_observation()
     plain = model.sample_actions(observation, generator=generator(), num_steps=STEPS)
     one = model.sample_many(observation, generator=generator(), num_steps=STEPS)
@@ -56,12 +56,12 @@ def test_one_sample_is_sample_actions_to_the_bit_and_further_ones_change_no_nois
 
 
 @pytest.mark.parametrize("rtc", [(), ("guidance", "action_prefix")], ids=["plain", "rtc"])
-def test_residual_is_the_distance_of_the_velocities_from_the_straight_path(rtc):
+def test_residual_is_the_distance_of_velocities_from_the_straight_path(rtc):
     model, observation, noise = make_model(), make_observation(), noises(2)
     settings = conditions(rtc)
     found = model.sample_many(observation, noise=noise, num_steps=STEPS, **settings)
     cache, times = model.prefill(observation), model.step_conditionings(STEPS, action_prefix=bool(rtc))
-    for i in range(2):  # the Euler steps by hand, which keep each velocity
+    for i in range(2):  # Euler steps that keep every velocity
         velocity, steps, start, seen = lambda x_t, time: model.denoise_step(cache, x_t, time), times, noise[:, i], []
         if rtc:
             *steps, at_zero = times
@@ -77,7 +77,7 @@ def test_residual_is_the_distance_of_the_velocities_from_the_straight_path(rtc):
     assert found.residual.max() > 0.01
 
 
-def test_engine_pads_observations_not_samples_and_makes_a_bucket_of_each_number():
+def test_engine_pads_observations_but_not_samples():
     model = make_model()
     engine = InferenceEngine(model, mode="eager", batch_sizes=(2,))
     one = make_observation((17,))
@@ -93,7 +93,7 @@ def test_engine_pads_observations_not_samples_and_makes_a_bucket_of_each_number(
     ]
 
 
-def test_sample_many_refuses_noise_of_one_sample_by_its_shape(monkeypatch):
+def test_sample_many_rejects_noise_of_a_single_sample(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"Noise must be \[3, R, 7, 6\], got \[3, 7, 6\]"):
         make_model().sample_many(make_observation(), noise=noises()[:, 0])
@@ -102,7 +102,7 @@ def test_sample_many_refuses_noise_of_one_sample_by_its_shape(monkeypatch):
 # The policy
 
 
-def test_policy_answers_with_the_samples_of_single_inferences(policy):
+def test_policy_samples_equal_single_inferences(policy):
     observation, shape = policy.example_observation(), policy.model.config.chunk_shape
     noise = np.random.default_rng(0).standard_normal((SAMPLES, *shape), np.float32)
     singles = np.stack([policy.infer(observation, noise=each, num_steps=2)["actions"] for each in noise])
@@ -117,13 +117,18 @@ def test_policy_answers_with_the_samples_of_single_inferences(policy):
     assert both[0]["uncertainty"] == pytest.approx(both[1]["uncertainty"], abs=1e-4)
 
 
-def test_one_sample_is_the_answer_without_a_number(policy):
+def test_num_samples_1_equals_inference_without_num_samples(policy):
     observation = policy.example_observation()
     plain = policy.infer(observation, generator=generator(), num_steps=2)
     one = policy.infer(observation, generator=generator(), num_steps=2, num_samples=1)
     many = policy.infer(observation, generator=generator(), num_steps=2, num_samples=np.int64(2), pick="first")
     assert set(plain) == {"actions", "policy_timing"}
-    assert set(one) == {"actions", "policy_timing", "samples", "sample_index"}  # one chunk has no spread
+    assert set(one) == {
+        "actions",
+        "policy_timing",
+        "samples",
+        "sample_index",
+    }  # a single chunk has no standard deviation
     assert np.array_equal(plain["actions"], one["actions"])
     np.testing.assert_allclose(many["actions"], plain["actions"], atol=1e-5)
     noise = np.zeros(policy.model.config.chunk_shape, np.float32)
@@ -131,7 +136,7 @@ def test_one_sample_is_the_answer_without_a_number(policy):
 
 
 @pytest.mark.parametrize("method", ["guidance", "trained"])
-def test_samples_continue_the_previous_chunk_in_both_kinds_of_real_time_chunking(policy, method, monkeypatch):
+def test_samples_continue_the_previous_chunk_with_both_rtc_methods(policy, method, monkeypatch):
     monkeypatch.setitem(policy._metadata, "max_action_prefix", 4)
     observation, shape = policy.example_observation(), policy.model.config.chunk_shape
     old = policy.infer(observation, generator=generator(), num_steps=2)["actions"]
@@ -146,35 +151,35 @@ def test_samples_continue_the_previous_chunk_in_both_kinds_of_real_time_chunking
         assert not answer["action_std"][:3].any()
 
 
-def test_picks():
+def test_pick_methods_choose_the_expected_sample():
     normalized = np.array([[[0.0, 0.0]], [[1.0, 0.0]], [[0.9, 0.2]], [[-4.0, 0.0]]], np.float32)
     residual = np.array([4.0, 1.0, 0.25, 9.0], np.float32)[:, None, None].repeat(2, axis=2)
     samples, seen = 10 * normalized, []
 
     def last(samples, observation):
-        samples[:] = np.nan  # a copy
+        samples[:] = np.nan  # must change only a copy
         seen.append(observation)
         return np.int64(3)
 
     def index(pick):
         return choose(pick, samples, normalized, residual, kind="quantile", observation={"prompt": "x"})
 
-    # Sums of distances to the others: 0: 5.92, 1: 6.22, 2: 6.05, 3: 13.9.
+    # Sums of distances to the other samples: 0: 5.92, 1: 6.22, 2: 6.05, 3: 13.9.
     assert [index(pick)["sample_index"] for pick in ("consensus", "velocity_residual", "first", last)] == [0, 2, 0, 3]
     assert seen == [{"prompt": "x"}]
     about = index("first")
     np.testing.assert_allclose(about["velocity_residuals"], [2, 1, 0.5, 3])
     np.testing.assert_allclose(about["action_std"], samples.std(axis=0, ddof=1), rtol=1e-6)
-    # Normalized by quantiles the training range is 2 wide.
+    # With quantile normalization the training range has the width 2.
     assert about["uncertainty"] == pytest.approx(normalized.std(axis=0, ddof=1).mean() / 2)
 
 
-def test_dimensions_that_no_training_has_seen_do_not_count(policy, monkeypatch):
+def test_untrained_dimensions_do_not_affect_the_choice(policy, monkeypatch):
     monkeypatch.setattr(policy.model, "trained_action_dim", 2)
     chunks = np.zeros((3, 4, 8), np.float32)
     chunks[0, :, 2:], chunks[1, :, 0] = 1e3, 0.5
     _, _, about = policy._answer("consensus", chunks, None, np.zeros(4), {})
-    assert about["sample_index"] == 0  # 0 and 2 are the same in what has been trained
+    assert about["sample_index"] == 0  # samples 0 and 2 are equal in the trained dimensions
     _, _, about = policy._answer("consensus", chunks, np.ones_like(chunks), np.zeros(4), {})
     assert about["uncertainty"] < 0.2
 
@@ -194,7 +199,7 @@ def test_dimensions_that_no_training_has_seen_do_not_count(policy, monkeypatch):
         ({"noise": np.zeros((2, 16, 8))}, r"Noise must be \[16, 8\], got float64 \[2, 16, 8\]"),
     ],
 )
-def test_what_means_nothing_is_an_error_by_name(policy, wrong, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+def test_invalid_arguments_raise_error_that_names_them(policy, wrong, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types are checked only in tests
     with pytest.raises(ValueError, match=message):
         policy.infer(policy.example_observation(), **({"num_steps": 2} | wrong))

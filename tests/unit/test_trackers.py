@@ -32,7 +32,7 @@ def plot(tmp_path):
     return path
 
 
-def test_a_line_of_the_metrics_has_its_numbers_under_flat_names():
+def test_scalars_flattens_nested_metrics():
     assert scalars(LINE) == {
         "loss": 0.25,
         "memory": 3.0,
@@ -42,7 +42,7 @@ def test_a_line_of_the_metrics_has_its_numbers_under_flat_names():
     }
 
 
-def test_without_names_nothing_is_written(tmp_path, plot):
+def test_no_tracker_writes_nothing(tmp_path, plot):
     tracker = Trackers([], tmp_path / "run", {}, 0)
     tracker.log(1, {"loss": 1.0})
     tracker.image(1, "chunks", plot)
@@ -50,7 +50,7 @@ def test_without_names_nothing_is_written(tmp_path, plot):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path):
+def test_unknown_tracker_raises_error_that_lists_known_ones(tmp_path):
     with pytest.raises(ValueError, match="There is no tracker mlflow; choose from tensorboard, wandb"):
         Trackers(["tensorboard", "mlflow"], tmp_path, {}, 0)
 
@@ -59,7 +59,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path):
     ("name", "module", "extra"),
     [("tensorboard", "torch.utils.tensorboard", "data"), ("wandb", "wandb", "track")],
 )
-def test_a_missing_package_is_an_error_with_the_command_that_installs_it(tmp_path, monkeypatch, name, module, extra):
+def test_missing_package_raises_error_with_install_command(tmp_path, monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'torchpi\[{extra}\]'"):
         Trackers([name], tmp_path, {}, 0)
@@ -80,12 +80,12 @@ def points(events, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def test_tensorboard_has_what_was_logged(tmp_path, plot):
+def test_tensorboard_contains_logged_values(tmp_path, plot):
     tracker = Trackers(["tensorboard"], tmp_path, {"learning_rate": 1e-4}, 0)
     tracker.log(10, {"loss": 0.5, "group/error": 0.125})
     tracker.log(20, {"loss": math.nan, "group/error": 7})
     tracker.image(20, "chunks", plot)
-    events = read_events(tmp_path)  # before it is closed, as after a kill
+    events = read_events(tmp_path)  # before closing, as after a kill
     tracker.close()
     assert points(events, "group/error") == [(10, 0.125), (20, 7.0)]
     (_, first), (step, last) = points(events, "loss")
@@ -97,7 +97,7 @@ def test_tensorboard_has_what_was_logged(tmp_path, plot):
     assert '"learning_rate": 0.0001' in recipe.tensor_proto.string_val[0].decode()
 
 
-def test_a_resumed_run_replaces_what_it_had_beyond_in_tensorboard(tmp_path):
+def test_resumed_run_replaces_later_steps_in_tensorboard(tmp_path):
     first = Trackers(["tensorboard"], tmp_path, {}, 0)
     for step in (10, 20, 30):
         first.log(step, {"loss": float(step)})
@@ -113,7 +113,7 @@ def test_a_resumed_run_replaces_what_it_had_beyond_in_tensorboard(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package, which records its calls."""
+    """A fake wandb package that records its calls."""
     calls = []
 
     class Run:
@@ -140,8 +140,8 @@ def wandb(monkeypatch):
     return module
 
 
-def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, plot):
-    """Its own step cannot go back, which that of a resumed run does."""
+def test_wandb_logs_the_step_as_a_metric(tmp_path, wandb, plot):
+    """wandb's own step cannot go back, but the step of a resumed run does."""
     tracker = Trackers(["wandb"], tmp_path, {"seed": 1}, 0)
     tracker.log(10, {"loss": 0.5})
     tracker.image(10, "chunks", plot)
@@ -157,7 +157,7 @@ def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, plot):
     ]
 
 
-def test_wandb_has_the_project_and_name_of_the_recipe_the_environment_or_the_folder(tmp_path, wandb, monkeypatch):
+def test_wandb_project_and_name_come_from_recipe_environment_or_folder(tmp_path, wandb, monkeypatch):
     recipe = {"wandb_project": "arms", "wandb_name": "third try"}
     Trackers(["wandb"], tmp_path, {}, 0).close()
     monkeypatch.setenv("WANDB_PROJECT", "lab")
@@ -168,14 +168,14 @@ def test_wandb_has_the_project_and_name_of_the_recipe_the_environment_or_the_fol
     assert found == [("torchpi", tmp_path.name), ("lab", "second try"), ("arms", "third try")]
 
 
-def test_wandb_knows_a_resumed_run_and_no_other(tmp_path, wandb):
+def test_wandb_continues_a_resumed_run_and_starts_a_new_one_otherwise(tmp_path, wandb):
     for resume_step in (0, 10, 0):
         Trackers(["wandb"], tmp_path, {}, resume_step).close()
     first, resumed, new = (call[1]["id"] for call in wandb.calls if call[0] == "init")
     assert first == resumed != new
 
 
-def test_wandb_without_an_account_is_an_error_that_says_what_to_do(tmp_path, wandb, monkeypatch):
+def test_wandb_without_login_raises_error_with_advice(tmp_path, wandb, monkeypatch):
     def refuse(**_):
         raise wandb.errors.Error("No API key configured.")
 
@@ -184,14 +184,14 @@ def test_wandb_without_an_account_is_an_error_that_says_what_to_do(tmp_path, wan
         Trackers(["wandb"], tmp_path, {}, 0)
 
 
-def test_trackers_that_are_open_are_closed_if_another_one_cannot_be_opened(tmp_path, wandb):
-    (tmp_path / "tensorboard").touch()  # where its folder has to be
+def test_open_trackers_are_closed_if_another_one_fails_to_open(tmp_path, wandb):
+    (tmp_path / "tensorboard").touch()  # in place of its folder
     with pytest.raises(FileExistsError):
         Trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
     assert wandb.calls[-1] == ("finish",)
 
 
-def test_nothing_is_opened_where_a_package_is_missing(tmp_path, wandb, monkeypatch):
+def test_missing_package_opens_no_tracker(tmp_path, wandb, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchpi\[data\]'"):
         Trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
@@ -200,7 +200,7 @@ def test_nothing_is_opened_where_a_package_is_missing(tmp_path, wandb, monkeypat
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 @pytest.mark.filterwarnings("default")
-def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, plot):
+def test_wandb_writes_logged_values_offline(tmp_path, monkeypatch, plot):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
@@ -209,7 +209,7 @@ def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, plot
     tracker.log(5, {"loss": 0.15625})
     tracker.image(10, "chunks", plot)
     tracker.close()
-    importlib.import_module("wandb").teardown()  # its process has written everything
+    importlib.import_module("wandb").teardown()  # waits until its process has written everything
     (written,) = pathlib.Path("run").glob("wandb/offline-run-*/run-*.wandb")
     data = written.read_bytes()
     assert all(json.dumps(value).encode() in data for value in (0.40625, 0.15625, 0.0625))

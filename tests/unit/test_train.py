@@ -1,4 +1,4 @@
-"""The trainer on a small dataset: what it writes, that it resumes to the bit, and its errors."""
+"""Training on a small dataset: files of a run, exact resuming, sample order, recipes and errors."""
 
 import collections
 import json
@@ -76,7 +76,7 @@ def whole_run(recipe, tmp_path_factory):
     return run, result
 
 
-def test_a_run_leaves_recipe_metrics_curves_and_a_policy(whole_run, recipe):
+def test_run_writes_recipe_metrics_curves_report_and_policy(whole_run, recipe):
     run, result = whole_run
     assert not result.interrupted
     assert result.step == 6
@@ -100,13 +100,13 @@ def test_policy_has_ema_weights(whole_run):
     policy = dict(torchpi.load_policy(result.policy).model.named_parameters())
     trained = [name for name in policy if f"ema.{name}" in saved]
     assert all(torch.equal(policy[name], saved[f"ema.{name}"]) for name in trained)
-    # What the loss does not depend on stays as it was.
+    # Parameters that the loss does not depend on are not in the state.
     last = "attention.out.weight", "feed_forward.gate_up.weight", "feed_forward.down.weight", "pre_ffw_norm.scale"
     assert set(policy) - set(trained) == {f"backbone.layers.1.{n}" for n in last} | {"backbone.final_norm.scale"}
     assert not torch.equal(saved["ema.action_out_proj.weight"], saved["weights.action_out_proj.weight"])
 
 
-def test_resuming_gives_the_same_bits_as_never_having_stopped(whole_run, recipe, tmp_path, monkeypatch):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(whole_run, recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     true_update, calls = loop.update, []
 
@@ -126,8 +126,8 @@ def test_resuming_gives_the_same_bits_as_never_having_stopped(whole_run, recipe,
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe, tmp_path):
-    """As a terminal sends it: to all processes of the command."""
+def test_ctrl_c_stops_after_the_current_update_and_saves(recipe, tmp_path):
+    """The signal goes to the whole process group, worker processes included, as from a terminal."""
     run, arguments = tmp_path / "run", ["--dataset", recipe.data.dataset, "--embodiment", "metaworld", "--out"]
     options = [
         "--num-steps",
@@ -156,7 +156,7 @@ def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe,
 
 
 def begin(recipe: TrainConfig):
-    """Data, policy and state of a recipe, as `train` makes them in one process."""
+    """Data, policy and state of a recipe, built like `train` does in one process."""
     sizes = model_config(recipe, None)
     data = open_data(recipe, sizes)
     model, _ = build_model(recipe, sizes, skeleton=False)
@@ -164,7 +164,7 @@ def begin(recipe: TrainConfig):
     return data[0], policy, state.TrainState.create(model, weight_decay=0.0, ema=True)
 
 
-def test_policy_states_the_recorded_tasks_and_episodes_that_an_edit_has_left(recipe, dataset, tmp_path):
+def test_policy_lists_only_tasks_and_episodes_left_after_an_edit(recipe, dataset, tmp_path):
     texts = LeRobotDataset(dataset, action_horizon=1, cameras=()).tasks
     whole = pathlib.Path(shutil.copytree(dataset, tmp_path / "whole"))
     document = {"env": "metaworld", "tasks": {"first": texts[0], "second": texts[1]}, "episodes": [{"length": 6}] * 4}
@@ -182,7 +182,7 @@ def test_policy_states_the_recorded_tasks_and_episodes_that_an_edit_has_left(rec
         begin(recipe.replace(dataset=str(tmp_path / "parts/one")))
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(recipe):
+def test_non_finite_gradient_raises_error_and_leaves_weights_unchanged(recipe):
     data, policy, begun = begin(recipe)
     some = Samples([Frames(data.train, data.embodiment, policy.transforms)], SampleRng(0, 1))
     batch = some.finish(some.collate([some[0, 0, 0, 0], some[0, 1, 0, 1]]), "cpu")
@@ -194,7 +194,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(
 
 
 def test_batch_of_a_failed_step_is_saved(recipe, tmp_path):
-    """A learning rate at which the weights explode."""
+    """The learning rate makes the weights explode."""
     run = tmp_path / "run"
     with pytest.raises(ValueError, match=r"nothing of this step is kept.*failed_step_.*torchpi stats"):
         loop.train(recipe.replace(lr=1e30, num_steps=50, save_every=50, eval_every=50), run)
@@ -204,7 +204,7 @@ def test_batch_of_a_failed_step_is_saved(recipe, tmp_path):
     assert kept["indices"].shape == (4, 4)
 
 
-def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):
+def test_worker_processes_give_the_same_weights(whole_run, recipe, tmp_path):
     loop.train(recipe.replace(workers=1), tmp_path / "run")
     assert_same_bits(weights(tmp_path / "run"), weights(whole_run[0]))
 
@@ -224,14 +224,14 @@ def test_old_checkpoints_are_removed(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_at_round_numbers_can_be_kept(recipe, tmp_path):
+def test_keep_every_keeps_checkpoints_at_its_multiples(recipe, tmp_path):
     loop.train(recipe.replace(save_every=1, keep=1, keep_every=2), tmp_path / "run")
     kept = [path.name for path in state.checkpoints(tmp_path / "run")]
     assert kept == ["00000002", "00000004", "00000006"]
 
 
 @pytest.mark.slow
-def test_full_disk_leaves_the_last_checkpoint_and_no_remains(recipe, tmp_path):
+def test_full_disk_keeps_the_last_checkpoint_and_leaves_no_partial_files(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     longer = resume_config(run).replace(num_steps=6)
@@ -247,7 +247,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_no_remains(recipe, tmp_path):
 
 
 def test_resuming_for_more_steps_equals_one_long_run(recipe, tmp_path):
-    """But for the end of the schedule, which stays where it was."""
+    """The schedule's end is the one of the first run."""
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     loop.train(resume_config(run).replace(num_steps=6), run, resume=True)
@@ -256,7 +256,7 @@ def test_resuming_for_more_steps_equals_one_long_run(recipe, tmp_path):
     assert_same_bits(weights(run), weights(at_once))
 
 
-def test_resuming_on_other_data_is_an_error(recipe, tmp_path):
+def test_resuming_with_changed_data_raises_error(recipe, tmp_path):
     config = recipe.replace(dataset=str(tmp_path / "set"), num_steps=3)
     write_dataset(tmp_path / "set")
     loop.train(config, tmp_path / "run")
@@ -266,8 +266,8 @@ def test_resuming_on_other_data_is_an_error(recipe, tmp_path):
         loop.train(resume_config(tmp_path / "run").replace(num_steps=6), tmp_path / "run", resume=True)
 
 
-def test_a_run_keeps_the_episodes_that_it_holds_out(recipe, tmp_path):
-    """Also one whose episodes were chosen by another rule."""
+def test_resumed_run_keeps_its_held_out_episodes(recipe, tmp_path):
+    """Even if run.json lists episodes that `hold_out` would not choose."""
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=1, norm_stats=str(stats_file(recipe, tmp_path))), run)
     about = json.loads((run / "run.json").read_text())
@@ -284,7 +284,7 @@ def test_a_run_keeps_the_episodes_that_it_holds_out(recipe, tmp_path):
         loop.train(longer, run, resume=True)
 
 
-def test_a_file_of_statistics_in_another_unit_is_said(recipe, tmp_path, capsys):
+def test_statistics_file_in_another_unit_prints_warning(recipe, tmp_path, capsys):
     degrees = NormStats(np.zeros(4), np.ones(4), np.full(4, -200.0), np.full(4, 200.0))
     save_norm_stats(tmp_path / "norm_stats.json", {"state": degrees, "actions": degrees})
     loop.train(recipe.replace(num_steps=1, norm_stats=str(tmp_path / "norm_stats.json")), tmp_path / "run")
@@ -293,7 +293,7 @@ def test_a_file_of_statistics_in_another_unit_is_said(recipe, tmp_path, capsys):
     assert "state hand_x, hand_y, hand_z: looks like radians, but the statistics are in degrees." in shown
 
 
-def test_statistics_of_something_else_are_refused_before_anything_is_written(recipe, tmp_path):
+def test_unrelated_statistics_raise_error_before_anything_is_written(recipe, tmp_path):
     four = [np.full(4, value) for value in (1.5691, 0.0003, 1.5686, 1.5696)]
     save_norm_stats(tmp_path / "norm_stats.json", dict.fromkeys(("state", "actions"), NormStats(*four)))
     refused = r"100\.0% of the state are outside q01\.\.q99, .* most of hand_x 100% .* Nothing can be trained"
@@ -303,13 +303,13 @@ def test_statistics_of_something_else_are_refused_before_anything_is_written(rec
 
 
 def stats_file(recipe: TrainConfig, folder: pathlib.Path) -> pathlib.Path:
-    """Statistics of a dataset that do not depend on which episodes are held out."""
+    """A file with statistics of all episodes, so that they do not depend on the held-out ones."""
     whole = LeRobotDataset(recipe.data.dataset, action_horizon=4, cameras=())
     save_norm_stats(folder / "norm_stats.json", compute_norm_stats(whole, metaworld(), action_horizon=4))
     return folder / "norm_stats.json"
 
 
-def test_resuming_with_another_recipe_is_an_error(recipe, tmp_path):
+def test_resuming_with_another_recipe_raises_error(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     changed = resume_config(run).replace(lr=0.5, batch_size=8, num_steps=6, workers=1)
@@ -327,20 +327,20 @@ def order(frames=TEN, first_step=0, rank=0, world_size=1, **options) -> list[lis
     return list(TrainingOrder(frames, config, first_step, rank, world_size))
 
 
-def test_each_frame_is_seen_once_per_epoch_in_an_order_of_its_own():
+def test_each_epoch_visits_every_frame_once_in_a_new_order():
     whole = order()
     frames = [frame for batch in whole for _, frame, _, _ in batch]
     assert sorted(frames[:10]) == sorted(frames[10:]) == list(range(10))
     assert frames[:10] != frames[10:]
     assert order(first_step=3) == whole[3:]
-    assert [place[2:] for place in whole[2]] == [(2, 0), (2, 1), (2, 2), (2, 3)]
+    assert [index[2:] for index in whole[2]] == [(2, 0), (2, 1), (2, 2), (2, 3)]
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2)])
 def test_processes_and_micro_batches_share_a_batch(world_size, accumulate):
     parts = [order(world_size=world_size, rank=rank, grad_accum_steps=accumulate) for rank in range(world_size)]
     together = [
-        sorted(place for part in parts for batch in part[step * accumulate :][:accumulate] for place in batch)
+        sorted(index for part in parts for batch in part[step * accumulate :][:accumulate] for index in batch)
         for step in range(5)
     ]
     assert together == [sorted(batch) for batch in order()]
@@ -348,17 +348,19 @@ def test_processes_and_micro_batches_share_a_batch(world_size, accumulate):
         order(world_size=3)
 
 
-def test_datasets_are_mixed_by_their_weights_and_each_is_seen_evenly():
+def test_mixture_follows_weights_and_visits_frames_evenly():
     frames, mixture = [np.arange(100), np.array([5, 7, 9])], (Source("a", "aloha", 3.0), Source("b", "aloha", 1.0))
-    places = [place for batch in order(frames, mixture=mixture, num_steps=40_000) for place in batch]
-    of_second = [frame for source, frame, _, _ in places if source == 1]
-    assert len(of_second) / len(places) == pytest.approx(0.25, abs=1e-3)
+    indices = [index for batch in order(frames, mixture=mixture, num_steps=40_000) for index in batch]
+    of_second = [frame for source, frame, _, _ in indices if source == 1]
+    assert len(of_second) / len(indices) == pytest.approx(0.25, abs=1e-3)
     counts = collections.Counter(of_second)
     assert set(counts) == {5, 7, 9}
     assert max(counts.values()) - min(counts.values()) <= 1
-    # Any part of the run alone gives the same places, beyond a block of the mixture as well.
-    again = [place for batch in order(frames, first_step=20_000, mixture=mixture, num_steps=40_000) for place in batch]
-    assert again == places[20_000 * 4 :]
+    # An order that starts later is the end of the whole order, even beyond a block of the mixture.
+    resumed = [
+        index for batch in order(frames, mixture=mixture, num_steps=40_000, first_step=20_000) for index in batch
+    ]
+    assert resumed == indices[20_000 * 4 :]
     rare = (Source("a", "aloha", 1e6), Source("b", "aloha", 1.0))
     with pytest.raises(ValueError, match=r"with the weight 1\.0 of 1000001\.0 is hardly ever drawn"):
         order(frames, mixture=rare)
@@ -370,7 +372,7 @@ def samples(recipe: TrainConfig, **rng) -> Samples:
     return Samples([frames], SampleRng(**{"seed": 0, "flow_samples_per_obs": 2, **rng}))
 
 
-def test_random_numbers_of_a_sample_follow_from_its_index(recipe):
+def test_random_numbers_of_a_sample_depend_only_on_its_index(recipe):
     some = samples(recipe, state_noise=0.1, augmentation=recipe.data.augmentation)
     one, again, elsewhere = some[0, 3, 7, 1], some[0, 3, 7, 1], some[0, 3, 7, 2]
     for key in ("noise", "time", "tokenized_prompt"):
@@ -379,7 +381,7 @@ def test_random_numbers_of_a_sample_follow_from_its_index(recipe):
     assert (one["augmentation"]["base_0_rgb"] != elsewhere["augmentation"]["base_0_rgb"]).any()
 
 
-def test_error_of_a_sample_is_raised_where_its_batch_is_taken(recipe, monkeypatch):
+def test_error_in_a_sample_is_raised_with_its_batch(recipe, monkeypatch):
     some = samples(recipe)
 
     def damaged(*_):
@@ -390,7 +392,7 @@ def test_error_of_a_sample_is_raised_where_its_batch_is_taken(recipe, monkeypatc
         next(some.batches([[(0, 0, 0, 0)]], 0))
 
 
-def test_time_is_drawn_as_the_model_draws_it(recipe):
+def test_time_has_the_distribution_of_the_model(recipe):
     some = samples(recipe, flow_samples_per_obs=4000)
     time = some[0, 0, 0, 0]["time"]
     assert time.min() > 0.001
@@ -408,7 +410,7 @@ def test_held_out_episodes_are_not_trained_on(recipe, dataset):
     assert len(LeRobotDataset(dataset, action_horizon=4)) == 24
 
 
-def test_loss_of_several_flow_samples_is_the_mean_of_single_ones():
+def test_loss_of_several_flow_samples_is_the_mean_of_their_losses():
     model = Pi0(SIZES)
     torch.nn.init.normal_(model.expert.final_norm.dense.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     rng = np.random.default_rng(0)
@@ -442,20 +444,20 @@ def test_loss_of_several_flow_samples_is_the_mean_of_single_ones():
         ({"env": "metaworld", "env_tasks": "drawer-open, drawer-opens"}, "has no task 'drawer-opens'"),
     ],
 )
-def test_wrong_recipes_are_errors_before_anything_is_written(change, message, recipe, tmp_path):
+def test_wrong_recipe_raises_error_before_anything_is_written(change, message, recipe, tmp_path):
     with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
         loop.train(recipe.replace(**change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dataset_without_the_robots_camera_is_an_error(recipe, tmp_path):
+def test_dataset_without_a_camera_of_the_robot_raises_error(recipe, tmp_path):
     write_dataset(tmp_path / "set", cameras=("base",))
     with pytest.raises(KeyError, match="wrist"):
         loop.train(recipe.replace(dataset=str(tmp_path / "set")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_shorter_than_warmup_and_ema_is_warned_about(recipe, tmp_path, capsys):
+def test_run_shorter_than_warmup_and_ema_prints_warnings(recipe, tmp_path, capsys):
     loop.train(recipe.replace(num_steps=2, warmup_steps=1000, lr=1e-2, ema_decay=0.99), tmp_path / "short")
     shown = " ".join(capsys.readouterr().err.split())
     assert "warmup_steps 1000 is not below num_steps 2: the learning rate reaches 2e-05, not lr 0.01" in shown
@@ -464,7 +466,7 @@ def test_a_run_shorter_than_warmup_and_ema_is_warned_about(recipe, tmp_path, cap
     assert "warning" not in capsys.readouterr().err
 
 
-def test_frames_without_an_instruction_are_warned_about(recipe, tmp_path, capsys):
+def test_frames_without_instruction_print_warning(recipe, tmp_path, capsys):
     write_dataset(tmp_path / "set")
     tasks = tmp_path / "set" / "meta" / "tasks.parquet"
     table = pq.read_table(tasks)
@@ -478,7 +480,7 @@ def test_frames_without_an_instruction_are_warned_about(recipe, tmp_path, capsys
     assert warned not in capsys.readouterr().err
 
 
-def test_a_video_that_is_too_short_is_an_error_before_anything_is_written(recipe, tmp_path):
+def test_short_video_raises_error_before_anything_is_written(recipe, tmp_path):
     write_dataset(tmp_path / "set", video=True)
     for video in (tmp_path / "set").rglob("*.mp4"):
         encode_video(video, [np.zeros((32, 32, 3), np.uint8)] * 23, fps=80, encoder=default_encoder())
@@ -489,12 +491,12 @@ def test_a_video_that_is_too_short_is_an_error_before_anything_is_written(recipe
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_overwritten(whole_run, recipe):
+def test_existing_run_is_not_overwritten(whole_run, recipe):
     with pytest.raises(ValueError, match="--resume"):
         loop.train(recipe, whole_run[0])
 
 
-def test_nothing_to_resume_is_an_error(tmp_path):
+def test_resuming_without_a_run_raises_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no run to resume"):
         resume_config(tmp_path)
 
@@ -509,7 +511,7 @@ def test_run_without_a_checkpoint_restarts(whole_run, recipe, tmp_path):
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 2
 
 
-def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
+def test_damaged_checkpoint_raises_error(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3, save_every=2), run)
     before, last = state.checkpoints(run)
@@ -527,13 +529,13 @@ def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_process_is_one_line(recipe, dataset, tmp_path, capsys):
+def test_error_in_a_worker_process_prints_one_line(recipe, dataset, tmp_path, capsys):
     shutil.copytree(dataset, tmp_path / "set")
     file = tmp_path / "set/data/chunk-000/file-000.parquet"
     table = pq.read_table(file)
     key = "observation.images.base"
     images = table.column(key).to_pylist()
-    for i in range(1, len(images)):  # the first frame is looked at when the set is opened
+    for i in range(1, len(images)):  # opening the dataset reads the first frame
         images[i]["bytes"] = images[i]["bytes"][:100]
     pq.write_table(table.set_column(table.column_names.index(key), key, pa.array(images, table[key].type)), file)
     config = recipe.replace(dataset=str(tmp_path / "set"), workers=1, holdout=0.0)
@@ -565,21 +567,21 @@ def test_an_error_of_a_worker_process_is_one_line(recipe, dataset, tmp_path, cap
         ),
     ],
 )
-def test_wrong_recipe_files_are_errors(text, message, tmp_path):
+def test_wrong_recipe_file_raises_error(text, message, tmp_path):
     file = tmp_path / "recipe.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_json(file)
 
 
-def test_a_python_recipe_is_told_to_be_run(tmp_path):
+def test_python_recipe_as_file_raises_error_with_the_command(tmp_path):
     file = tmp_path / "recipe.py"
     file.write_text("RECIPE = None\n")
     with pytest.raises(ValueError, match=r"A Python recipe is run: python .*recipe\.py"):
         TrainConfig.from_json(file)
 
 
-def test_unknown_options_are_errors_with_a_suggestion(recipe):
+def test_unknown_option_raises_error_with_suggestion(recipe):
     with pytest.raises(TrainingError, match=r"no option learning_rat; did you mean lr\?"):
         TrainConfig(learning_rat=3)
     with pytest.raises(TrainingError, match=r"no option warmup_step; did you mean warmup_steps\?"):
@@ -590,12 +592,12 @@ def test_unknown_options_are_errors_with_a_suggestion(recipe):
         TrainConfig(xyz=3)
 
 
-def test_a_recipe_survives_its_file(recipe, tmp_path):
+def test_recipe_survives_json_round_trip(recipe, tmp_path):
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert TrainConfig.from_json(tmp_path / "recipe.json") == recipe
 
 
-def test_flat_recipes_and_old_names_move_into_their_groups(tmp_path):
+def test_flat_options_and_old_names_are_read_into_groups(tmp_path):
     file = tmp_path / "recipe.json"
     flat = {"learning_rate": 1, "model": "tiny", "trained": "all", "parallel": "fsdp", "eval": {"env": "metaworld"}}
     file.write_text(json.dumps(flat))
@@ -616,7 +618,7 @@ def test_replace_changes_options_and_keeps_the_rest():
     assert changed.options == {**config.options, "model": "tiny", "num_steps": 3}
 
 
-def test_metaworlds_robot_fits_its_dataset(dataset):
+def test_metaworld_robot_fits_its_dataset(dataset):
     assert metaworld().action_size == LeRobotDataset(dataset, action_horizon=2)[0]["action"].shape[1]
 
 
@@ -628,14 +630,14 @@ def run_command(*arguments: str) -> int:
     return 0
 
 
-def test_the_recipe_gives_the_options_their_defaults(capsys):
+def test_recipe_sets_the_defaults_of_the_options(capsys):
     assert run_command("--recipe", "metaworld", "--help") == 0
     assert "(default: 5400)" in " ".join(capsys.readouterr().out.split())
     assert run_command("--recipe", "nowhere") == 1
     assert "packaged recipes are libero, metaworld" in capsys.readouterr().err
 
 
-def test_missing_or_contradicting_options_are_errors(whole_run, capsys):
+def test_missing_or_contradicting_options_raise_error(whole_run, capsys):
     for arguments, message in (
         ([], "train needs --out"),
         (["--out", "x"], "train needs --dataset"),
@@ -651,7 +653,7 @@ def test_missing_or_contradicting_options_are_errors(whole_run, capsys):
         assert message in " ".join((captured.err + captured.out).split()), arguments
 
 
-def test_the_command_resumes_and_says_where_the_policy_is(recipe, tmp_path, capsys):
+def test_command_resumes_and_prints_the_path_of_the_policy(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     begun = " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Training in several processes, and what is saved: the same numbers, to the bit or to 2e-5; and nothing gets lost."""
+"""Training in several processes gives the same run as in one; checkpoints survive full disks and kills."""
 
 import dataclasses
 import errno
@@ -33,7 +33,7 @@ FIGURES = ("loss", "grad_norm", "holdout_loss", "param_norm")
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """With an action_dim that two processes can't share evenly, and measurements between the updates."""
+    """A recipe with an action_dim that two processes can't shard evenly, and with evaluations between updates."""
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder / "set")
     (folder / "model.json").write_text(json.dumps(dataclasses.replace(SIZES, action_dim=5).to_dict()))
@@ -60,12 +60,12 @@ def recipe(tmp_path_factory):
 
 
 def figures(run: pathlib.Path) -> list[dict[str, float]]:
-    """The losses of each step."""
+    """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
 
 
 def without_key_biases(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """SigLIP's key biases change nothing: their gradient is rounding, and AdamW makes steps of full size of it."""
+    """Drop SigLIP's key biases: they have no effect, and AdamW turns rounding errors of their gradient into full steps."""
     width = SIZES.siglip.width
     return {
         name: torch.cat([value[:width], value[2 * width :]]) if name.endswith("qkv.bias") else value
@@ -74,7 +74,7 @@ def without_key_biases(values: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Losses, to 1e-5, and state, to 2e-5: AdamW divides by small moments."""
+    """Compare losses to 1e-5 and states to 2e-5, because AdamW divides by small moments."""
     for line, expected in zip(figures(one), figures(other), strict=True):
         names = [name for name in FIGURES if name in expected]
         assert line["step"] == expected["step"]
@@ -88,9 +88,8 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_shards_in_one_process_give_the_same_run(recipe, tmp_path, dtype):
-    """Including an evaluation with EMA weights, which swaps the weights while FSDP has gathered some. In bfloat16 FSDP
-    gathers in bfloat16, except the parameters used in float32."""
+def test_fsdp_in_one_process_gives_the_same_run(recipe, tmp_path, dtype):
+    """The run includes an evaluation, which swaps in the EMA weights while FSDP has gathered some of the weights."""
     plain = recipe.replace(dtype=dtype)
     loop.train(plain, tmp_path / "plain")
     loop.train(plain.replace(parallel="fsdp"), tmp_path / "fsdp")
@@ -98,7 +97,7 @@ def test_shards_in_one_process_give_the_same_run(recipe, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_bfloat16_is_gathered_where_it_is_multiplied_and_nowhere_else(pi05):
+def test_fsdp_gathers_only_matmul_weights_in_bfloat16(pi05):
     model = Pi0(dataclasses.replace(SIZES, pi05=pi05), device="meta", compute_dtype=torch.bfloat16)
     gathered = {id(p) for modules, _ in distributed.shard_groups(model) for m in modules for p in m.parameters()}
     names = {name for name, p in model.named_parameters() if id(p) in gathered}
@@ -108,19 +107,19 @@ def test_bfloat16_is_gathered_where_it_is_multiplied_and_nowhere_else(pi05):
     assert not [name for name in names if any(part in name for part in (*in_float32, "action_out_proj"))]
 
 
-def test_micro_batches_add_up_in_the_buckets_of_ddp():
-    """One set of gradients, from the first pass on: those that are summed over the processes."""
-    with distributed.process_group("cpu") as alone:
+def test_micro_batches_accumulate_in_ddp_buckets():
+    """There is only one set of gradients, in the buckets that are reduced over the processes."""
+    with distributed.process_group("cpu") as world:
         model = Pi0(SIZES)
-        several = dataclasses.replace(alone, size=2)  # DistributedDataParallel is left out of a run in one process
-        spread = distributed.parallelize(model, "ddp", several, shard_size=1)
+        two_processes = dataclasses.replace(world, size=2)  # a run in one process would not use DistributedDataParallel
+        parallel = distributed.parallelize(model, "ddp", two_processes, shard_size=1)
         parameter = model.action_out_proj.weight
         model.forward = lambda factor: factor * torch.stack([p.sum() for p in model.parameters()]).sum()
         for update in range(3):
             places = set()
             for factor, last in ((1.0, False), (2.0, False), (4.0, True)):
-                with spread.sync_gradients(last):
-                    spread.forward(factor).backward()
+                with parallel.sync_gradients(last):
+                    parallel.forward(factor).backward()
                 places.add(parameter.grad.data_ptr())
             assert len(places) == 1, f"update {update}"
             assert all((p.grad == 7).all() for p in model.parameters())
@@ -130,7 +129,7 @@ def test_micro_batches_add_up_in_the_buckets_of_ddp():
                 each.grad = None
 
 
-PARTS = {
+RECIPES = {
     "all": {},
     "real": {"loss": "real"},
     "lora": {"finetune": "lora"},
@@ -138,11 +137,11 @@ PARTS = {
     "bfloat16": {"dtype": "bfloat16"},
 }
 """Recipes to compare."""
-SPREAD = {
+STRATEGIES = {
     "ddp": {},
-    "ddp, two passes": {"grad_accum_steps": 2},
+    "ddp, two micro-batches": {"grad_accum_steps": 2},
     "fsdp": {"parallel": "fsdp", "chunk_samples": 2},
-    "fsdp, two passes, layers": {"parallel": "fsdp", "grad_accum_steps": 2, "activation_checkpointing": "full"},
+    "fsdp, two micro-batches, layers": {"parallel": "fsdp", "grad_accum_steps": 2, "activation_checkpointing": "full"},
     "hybrid of one": {
         "parallel": "hybrid",
         "shard_size": 1,
@@ -151,28 +150,28 @@ SPREAD = {
     },
     "hybrid of two": {"parallel": "hybrid", "shard_size": 2},
 }
-"""Strategies over two processes."""
+"""Strategies for two processes."""
 CASES = [
-    *(("all", how) for how in SPREAD),
+    *(("all", how) for how in STRATEGIES),
     *((part, how) for part in ("real", "lora", "expert") for how in ("ddp", "fsdp")),
-    ("lora", "fsdp, two passes, layers"),
+    ("lora", "fsdp, two micro-batches, layers"),
 ]
-BFLOAT16 = [("bfloat16", how) for how in ("ddp", "fsdp", "fsdp, two passes, layers", "ddp, two passes")]
-"""Half a batch is rounded otherwise than a whole one, so these are compared among themselves."""
+BFLOAT16 = [("bfloat16", how) for how in ("ddp", "fsdp", "fsdp, two micro-batches, layers", "ddp, two micro-batches")]
+"""Compared among themselves: in bfloat16, halves of a batch are rounded differently than the whole batch."""
 
 
 @pytest.fixture(scope="module")
 def runs(recipe, tmp_path_factory):
-    """Folders: of each part a run in one process, and of each case one in two; and halves of a run."""
+    """Folders of runs: each recipe in one process, each case in two processes, and runs stopped halfway."""
     root = tmp_path_factory.mktemp("runs")
     init = loop.train(recipe.replace(num_steps=1), root / "init").policy
     of_weights = recipe.replace(init=str(init), model=None)
     parts = {
-        name: (of_weights if "finetune" in changes else recipe).replace(**changes) for name, changes in PARTS.items()
+        name: (of_weights if "finetune" in changes else recipe).replace(**changes) for name, changes in RECIPES.items()
     }
     for name, config in parts.items():
         loop.train(config, root / name)
-    jobs = [Job(parts[part].replace(**SPREAD[how]), root / f"{part} {how}") for part, how in CASES + BFLOAT16]
+    jobs = [Job(parts[part].replace(**STRATEGIES[how]), root / f"{part} {how}") for part, how in CASES + BFLOAT16]
     half = recipe.replace(num_steps=STEPS // 2)
     jobs.append(Job(half.replace(parallel="fsdp"), root / "half of two"))
     loop.train(half, root / "half of one")
@@ -187,17 +186,17 @@ def test_two_processes_give_the_same_run_as_one(part, how, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", ["ddp, two passes", "ddp"])
-def test_shards_in_bfloat16_give_the_same_run_as_whole_weights(passes, runs):
-    sharded = "fsdp" if passes == "ddp" else "fsdp, two passes, layers"
-    assert_same_run(runs / f"bfloat16 {sharded}", runs / f"bfloat16 {passes}")
+@pytest.mark.parametrize("strategy", ["ddp, two micro-batches", "ddp"])
+def test_fsdp_in_bfloat16_gives_the_same_run_as_ddp(strategy, runs):
+    sharded = "fsdp" if strategy == "ddp" else "fsdp, two micro-batches, layers"
+    assert_same_run(runs / f"bfloat16 {sharded}", runs / f"bfloat16 {strategy}")
     for line, expected in zip(figures(runs / f"bfloat16 {sharded}"), figures(runs / "bfloat16"), strict=True):
         for name in {"loss", "holdout_loss"} & set(expected):
             assert line[name] == pytest.approx(expected[name], rel=5e-4)
 
 
 @pytest.mark.slow
-def test_run_resumes_on_another_number_of_processes_and_strategy(runs, recipe, tmp_path):
+def test_run_resumes_with_other_world_size_and_strategy(runs, recipe, tmp_path):
     copies = {}
     for name, half in (("same", "two"), ("ddp", "two"), ("alone", "two"), ("together", "one")):
         copies[name] = shutil.copytree(runs / f"half of {half}", tmp_path / name)
@@ -215,7 +214,7 @@ def test_run_resumes_on_another_number_of_processes_and_strategy(runs, recipe, t
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path):
+def test_checkpoint_without_the_file_of_a_process_raises_error(runs, tmp_path):
     run = shutil.copytree(runs / "half of two", tmp_path / "run")
     (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("shard-00001-*")
     file.unlink()
@@ -227,7 +226,7 @@ def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe, tmp_path):
-    """As a terminal sends it: to torchrun and to all that it has started."""
+    """The signal goes to torchrun and all its processes, as from a terminal."""
     config = recipe.replace(num_steps=100_000, save_every=100_000, eval_every=100_000, parallel="fsdp")
     (tmp_path / "recipe.json").write_text(config.to_json())
     run = tmp_path / "run"
@@ -245,16 +244,16 @@ def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe,
     assert set(said) == {str(int(checkpoint.name))}
 
 
-def begin(value: float = 0.0) -> state.TrainState:
-    """A state whose weights are all one number."""
+def constant_state(value: float = 0.0) -> state.TrainState:
+    """A state whose weights all have one value."""
     model = Pi0(SIZES)
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, value)
     return state.TrainState.create(model, weight_decay=0.0, ema=True)
 
 
-def test_loaded_moments_are_on_the_optimizers_device():
-    """All of them, the step included: the fused kernel does not look where it is. "meta" stands for a GPU."""
+def test_loaded_moments_and_step_are_on_the_device_of_the_weights():
+    """The fused kernel does not check the device of the step. "meta" stands for a GPU."""
     model = Pi0(SIZES, device="meta")
     some = state.TrainState.create(model, weight_decay=0.0, ema=False)
     some._make_moments(3)
@@ -266,17 +265,17 @@ def checkpointer(run: pathlib.Path, world: distributed.World, finish: Callable[[
     return checkpointer_module.Checkpointer(run, world, CheckpointConfig(), finish=finish)
 
 
-def test_training_continues_while_one_checkpoint_at_a_time_is_written(tmp_path):
-    goes_on = threading.Event()
+def test_training_continues_while_a_checkpoint_is_written(tmp_path):
+    may_finish = threading.Event()
     with distributed.process_group("cpu") as world:
-        some = begin(1.0)
-        writing = checkpointer(tmp_path, world, lambda folder, step: goes_on.wait(60) and None)
-        first = writing.save(some)  # comes back, although the disk has taken nothing yet
+        some = constant_state(1.0)
+        writing = checkpointer(tmp_path, world, lambda folder, step: may_finish.wait(60) and None)
+        first = writing.save(some)  # returns before anything is written
         assert not first.exists()
         for part in some.trainable.values():
             part.data.fill_(2.0)
         some.step = 1
-        goes_on.set()
+        may_finish.set()
         second = writing.save(some)
         assert first.exists()
         writing.close()
@@ -286,13 +285,13 @@ def test_training_continues_while_one_checkpoint_at_a_time_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["state", "policy"])
-def test_a_full_disk_is_an_error_at_the_next_save_and_nothing_is_left(where, tmp_path, monkeypatch):
+def test_full_disk_raises_error_at_the_next_save_and_leaves_no_files(where, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with distributed.process_group("cpu") as world, monkeypatch.context() as patch:
         writing = checkpointer(tmp_path, world, full if where == "policy" else lambda folder, step: None)
-        some = begin()
+        some = constant_state()
         if where == "state":
             patch.setattr(HuggingFaceStorageWriter, "write_data", full)
         target = writing.save(some)
@@ -305,10 +304,10 @@ def test_a_full_disk_is_an_error_at_the_next_save_and_nothing_is_left(where, tmp
     assert not list(tmp_path.glob("checkpoints/.*"))
 
 
-def test_large_states_are_written_in_several_files(tmp_path, monkeypatch):
+def test_large_state_is_written_in_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointer_module, "_FILE_BYTES", 50_000)
     with distributed.process_group("cpu") as world:
-        some = begin(3.0)
+        some = constant_state(3.0)
         writing = checkpointer(tmp_path, world, lambda folder, step: None)
         target = writing.save(some)
         writing.close()
@@ -319,26 +318,26 @@ def test_large_states_are_written_in_several_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same_bits(recipe, tmp_path):
+def test_killed_run_keeps_its_checkpoints_and_ends_with_the_same_bits(recipe, tmp_path):
     config = recipe.replace(num_steps=100_000, save_every=2, eval_every=100_000, keep=2, keep_every=10)
     run, rng = tmp_path / "run", random.Random(0)
-    # Torch is imported once; each process is a fork of one that has computed nothing yet.
+    # Every process is a fork of a server that has imported torch, which saves the time of the import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchpi.training.loop", "torchpi.sim.processes", "train_jobs"])
     seen: list[int] = []
     for number in range(24):
         process = context.Process(target=resume, args=(config, run))
         process.start()
-        wait_for_the_moment(MOMENTS[number % len(MOMENTS)], process, run, seen, rng)
+        wait_for_kill_time(MOMENTS[number % len(MOMENTS)], process, run, seen, rng)
         process.kill()
         process.join()
         found = [int(path.name) for path in state.checkpoints(run)]
         for path in state.checkpoints(run):
             arrays = state.StateArrays(path / state.STATE)
             assert all(arrays.read(name).isfinite().all() for name in arrays.names)
-        # None is gone but by rule, and no more steps than since the last two saves, of which one may be under way.
+        # Only old checkpoints are removed. At most the steps of two save intervals are lost: one save may be pending.
         assert set(seen) - set(found) == {step for step in seen if step not in found[-2:] and step % 10}
-        assert max(line["step"] for line in figures_before_a_kill(run)) <= found[-1] + 2 * config.checkpoint.save_every
+        assert max(line["step"] for line in complete_lines(run)) <= found[-1] + 2 * config.checkpoint.save_every
         seen = found
     ending = config.replace(num_steps=seen[-1] + 3)
     loop.train(ending, run, resume=True)
@@ -353,10 +352,10 @@ def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same
 MOMENTS = ("while it saves", "some time after a checkpoint", "while it saves", "some time after its start")
 
 
-def wait_for_the_moment(
+def wait_for_kill_time(
     moment: str, process: multiprocessing.Process, run: pathlib.Path, seen: list[int], rng: random.Random
 ) -> None:
-    """Until the next kill is due."""
+    """Wait for the moment of the next kill."""
     deadline, folder = time.monotonic() + 120, run / state.CHECKPOINTS
 
     def wait_for(condition: Callable[[], bool]) -> None:
@@ -377,6 +376,6 @@ def wait_for_the_moment(
         time.sleep(rng.uniform(0, 0.6))
 
 
-def figures_before_a_kill(run: pathlib.Path) -> list[dict[str, float]]:
-    """Without a last line that was cut short."""
+def complete_lines(run: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without an incomplete last line."""
     return [json.loads(line) for line in (run / METRICS).read_text().splitlines(keepends=True) if line[-1] == "\n"]

@@ -1,4 +1,4 @@
-"""Messages of a run: on the device, the schedule, dimensions that never move, and mistakes in its paths."""
+"""Warnings and errors of a run about the device, the schedule, constant dimensions and wrong paths."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_matmuls_are_in_float32_where_the_device_has_no_bfloat16(
     assert resume_config(tmp_path / "run").model.dtype == used
 
 
-def test_a_cpus_flags_say_whether_it_has_bfloat16(monkeypatch):
+def test_cpu_flags_show_bfloat16_support(monkeypatch):
     for flags, expected in {
         "flags : fma avx512_bf16 avx2": True, "flags : amx_bf16": True, "Features : asimd bf16 sve": True,
         "flags : fma avx2 avx512f": False, "Features : asimd i8mm": False,
@@ -71,14 +71,14 @@ def unwrapped(capsys):
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_a_missing_tracker_is_an_error_before_anything_is_read(recipe, tmp_path, monkeypatch):
+def test_missing_tracker_package_raises_error_before_data_is_read(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchpi\[track\]'"):
         loop.train(recipe.replace(trackers=("wandb",), dataset="nowhere"), tmp_path / "run")
 
 
 def still_dataset(path):
-    """Episodes in which the gripper stays, at another width in each; and delta_z stays the same in all."""
+    """Write episodes in which the gripper is constant, with another value in each; delta_z is constant in all."""
     rng = np.random.default_rng(0)
     names = ["hand_x", "hand_y", "hand_z", "gripper"], ["delta_x", "delta_y", "delta_z", "gripper"]
     cameras = dict.fromkeys(("base", "wrist"), (32, 32, 3))
@@ -94,7 +94,7 @@ def still_dataset(path):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_chunk_errors_are_relative_to_the_range_of_the_whole_dataset(recipe, tmp_path, capfd, workers):
-    """The held-out episode alone has no range of the gripper. A dimension that never moves is named, once."""
+    """The gripper has no range within the held-out episode. The dimension that never varies is reported once."""
     still_dataset(tmp_path / "set")
     config = recipe.replace(dataset=str(tmp_path / "set"), chunk_samples=2, workers=workers)
     with pytest.warns(UserWarning, match=r"statistics of actions don't vary in dimension 2 \(delta_z\)") as warned:
@@ -110,7 +110,7 @@ def read_lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_path_inside_of_a_run_names_the_run(recipe, tmp_path):
+def test_path_inside_a_run_raises_error_that_names_the_run(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(holdout=0.0), run)
     with pytest.raises(FileNotFoundError, match=re.escape(f"The folder of the run is {run}.")):
@@ -119,12 +119,12 @@ def test_a_path_inside_of_a_run_names_the_run(recipe, tmp_path):
         loop.train(recipe.replace(init=str(run), model=None), run.parent / "next")
 
 
-def test_more_steps_than_the_schedule_has_are_noted(recipe, tmp_path, capsys):
+def test_steps_after_the_schedules_end_print_note(recipe, tmp_path, capsys):
     loop.train(recipe.replace(num_steps=2, decay_steps=1, ema_decay=0.0, holdout=0.0), tmp_path / "run")
     assert "the learning rate stays at min_lr 2.5e-06 from decay_steps 1 on" in unwrapped(capsys)
 
 
-def test_what_will_stop_the_control_loop_is_said_before_training(recipe, tmp_path, capsys):
+def test_gaps_for_the_control_loop_print_warnings_before_training(recipe, tmp_path, capsys):
     robot = get_embodiment("metaworld")
     actions = tuple(dataclasses.replace(action, command=None) for action in robot.actions)
     robot = dataclasses.replace(robot, actions=actions, execute_steps=99)
@@ -136,7 +136,7 @@ def test_what_will_stop_the_control_loop_is_said_before_training(recipe, tmp_pat
     assert re.search(r"steps 1/1, loss [\d.]+, .* samples/s, \d+ % waiting for data", shown)
 
 
-def test_too_little_memory_points_to_the_plan(recipe, tmp_path, capsys, monkeypatch):
+def test_out_of_memory_error_suggests_the_plan(recipe, tmp_path, capsys, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 

@@ -1,4 +1,4 @@
-"""Options of a run: its first weights, trained parameters, statistics and mixtures."""
+"""Options of a run: initial weights, trained parameters, statistics, loss, optimizer and mixtures."""
 
 import dataclasses
 import json
@@ -51,13 +51,13 @@ def recipe(dataset, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(recipe, tmp_path_factory):
-    """A policy to begin with."""
+    """A trained policy to start from."""
     return str(loop.train(recipe, tmp_path_factory.mktemp("runs") / "run").policy)
 
 
 @pytest.fixture(scope="module")
 def further(recipe, trained):
-    """A recipe that begins with it."""
+    """A recipe that starts from `trained`."""
     return recipe.replace(init=trained, model=None, frozen_dtype="float32")
 
 
@@ -67,31 +67,31 @@ def begin(config: TrainConfig):
     return build_model(config, sizes, init, skeleton=False), open_data(config, sizes, init)
 
 
-# ---- beginning ----
+# ---- initial weights and data ----
 
 
-def test_a_run_begins_with_the_weights_of_init(further, trained):
-    (model, beginning), _ = begin(further)
-    there = torchpi.load_model(trained)
-    assert all(torch.equal(p, there.get_parameter(name)) for name, p in model.named_parameters())
-    assert set(beginning.loaded) == {name for name, _ in there.named_parameters()}
-    assert beginning.fresh == ()
+def test_run_starts_from_the_weights_of_init(further, trained):
+    (model, report), _ = begin(further)
+    initial = torchpi.load_model(trained)
+    assert all(torch.equal(p, initial.get_parameter(name)) for name, p in model.named_parameters())
+    assert set(report.loaded) == {name for name, _ in initial.named_parameters()}
+    assert report.fresh == ()
 
 
-def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path):
+def test_init_of_other_sizes_raises_error_without_adapt(further, tmp_path):
     sizes = tmp_path / "wider.json"
     sizes.write_text(json.dumps({**SIZES.to_dict(), "action_dim": 8}))
     other = further.replace(model=str(sizes))
     with pytest.raises(ValueError, match=r"action_out_proj\.bias is \[6\], expected \[8\]"):
         begin(other)
-    (model, beginning), _ = begin(other.replace(adapt=True))
+    (model, report), _ = begin(other.replace(adapt=True))
     assert model.config.action_dim == 8
-    assert "suffix.action_in_proj.weight" in beginning.adapted
-    assert "actions from 6 on, counted from 0, are noise until they are trained" in beginning.adapted
+    assert "suffix.action_in_proj.weight" in report.adapted
+    assert "actions from 6 on, counted from 0, are noise until they are trained" in report.adapted
     assert model.trained_action_dim == 6
 
 
-def test_policy_of_a_lora_training_from_adapted_weights_is_loaded(further, tmp_path):
+def test_lora_policy_trained_from_adapted_weights_loads(further, tmp_path):
     sizes = tmp_path / "wider.json"
     sizes.write_text(json.dumps({**SIZES.to_dict(), "action_dim": 8}))
     config = further.replace(model=str(sizes), adapt=True, finetune="lora", ema_decay=0.0, num_steps=1)
@@ -100,7 +100,7 @@ def test_policy_of_a_lora_training_from_adapted_weights_is_loaded(further, tmp_p
     policy.infer(policy.example_observation())
 
 
-def test_training_ends_that_actions_are_untrained(recipe):
+def test_training_marks_the_robots_actions_as_trained(recipe):
     (model, _), data = begin(recipe)
     model.trained_action_dim = 1
     (policy,) = build_policies(recipe, model, data)
@@ -118,14 +118,14 @@ def test_norm_stats_option_selects_the_statistics(further, dataset, trained, tmp
     for norm_stats in ("dataset", "init", str(shifted)):
         q01[norm_stats] = open_data(further.replace(norm_stats=norm_stats), SIZES, init)[0].norm_stats["state"].q01
     np.testing.assert_allclose(q01[str(shifted)], q01["init"] - 5)
-    np.testing.assert_allclose(q01["dataset"], q01["init"])  # of the same episodes
+    np.testing.assert_allclose(q01["dataset"], q01["init"])  # computed from the same episodes
     with pytest.raises(ValueError, match="has statistics of its own"):
         open_data(further.replace(norm_stats="init:trossen"), SIZES, init)
     with pytest.raises(ValueError, match="needs initial weights: set init"):
         open_data(further.replace(init=None, norm_stats="init"), SIZES)
 
 
-def test_statistics_of_an_openpi_checkpoint_are_chosen_by_their_asset(recipe, golden_pi05):
+def test_norm_stats_of_an_openpi_checkpoint_are_selected_by_asset_id(recipe, golden_pi05):
     config = recipe.replace(
         init=str(golden_pi05.root / "jax_ckpt"), model=str(golden_pi05.config), norm_stats="init:nobody"
     )
@@ -137,7 +137,7 @@ def test_statistics_of_an_openpi_checkpoint_are_chosen_by_their_asset(recipe, go
     np.testing.assert_array_equal(found["state"].q01, expected["state"].q01)
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tmp_path):
+def test_too_long_prompt_raises_error_before_the_first_step(recipe, tmp_path):
     sizes = tmp_path / "short.json"
     sizes.write_text(json.dumps({**SIZES.to_dict(), "max_token_len": 17}))
     run = tmp_path / "run"
@@ -148,7 +148,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tm
     assert not run.exists()
 
 
-def test_the_longest_prompt_is_that_of_the_states_that_occur(recipe):
+def test_longest_prompt_is_computed_from_recorded_states(recipe):
     (model, _), data = begin(recipe)
     (policy,) = build_policies(recipe, model, data)
     longest = check_prompts([policy], data)
@@ -157,7 +157,7 @@ def test_the_longest_prompt_is_that_of_the_states_that_occur(recipe):
     assert max(longest.values()) == max(found)
 
 
-# ---- what is trained ----
+# ---- trained parameters ----
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_table_counts_trained_and_frozen_parameters(further):
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_parameters_without_gradient_are_those_that_no_backward_pass_reaches(pi05):
+def test_without_gradient_lists_parameters_that_backward_does_not_reach(pi05):
     model = Pi0(dataclasses.replace(SIZES, pi05=pi05), device="meta")
     attach_lora(model, LoraConfig())
     loss_sum(model, example_batch(model.config, ["camera"], 1, 1, torch.device("meta")), "all").backward()
@@ -199,7 +199,7 @@ def test_parameters_without_gradient_are_those_that_no_backward_pass_reaches(pi0
 
 
 @pytest.mark.parametrize("what", ["lora", pytest.param("lora_strict", marks=pytest.mark.slow)])
-def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what):
+def test_lora_policy_is_an_adapter_and_merges_exactly(further, trained, tmp_path, what):
     config = further.replace(finetune=what, frozen_dtype="bfloat16")
     result = loop.train(config, tmp_path / "run")
     files = {file.name for file in result.policy.iterdir()}
@@ -212,7 +212,7 @@ def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what
     chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, merged, torchpi.load_policy(trained))]
     np.testing.assert_array_equal(chunks[0], chunks[1])
     assert np.abs(chunks[0] - chunks[2]).max() > 1e-4
-    # What the run saw is what was saved: the state's averages in a model of the run.
+    # The saved policy samples the same chunk as the run's own model with the EMA weights of the saved state.
     (model, _), _ = begin(config)
     saved = weights(tmp_path / "run")
     with torch.no_grad():
@@ -225,12 +225,12 @@ def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what
                                atol=5e-5, rtol=0)  # fmt: skip
 
 
-def test_lora_without_trained_weights_is_refused():
+def test_lora_without_init_raises_error():
     with pytest.raises(ValueError, match="needs initial weights: set init"):
         TrainConfig(finetune="lora")
 
 
-def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
+def test_lora_policy_with_missing_base_raises_error(further, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(further.model.init, base)
     result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
@@ -239,27 +239,27 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
         torchpi.load_policy(result.policy)
 
 
-def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
+def test_lora_policy_with_changed_base_raises_error(further, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(further.model.init, base)
     result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     whole = torchpi.load_policy(result.policy).model
-    half = torchpi.load_policy(result.policy, dtype=torch.bfloat16).model  # compared and merged in float32 before
+    half = torchpi.load_policy(result.policy, dtype=torch.bfloat16).model  # merged in float32, then converted
     for (name, parameter), rounded in zip(whole.named_parameters(), half.parameters(), strict=True):
         assert torch.equal(parameter.to(torch.bfloat16), rounded), name
     file = base / "model.safetensors"
-    (base / "model.safetensors.checksums.json").unlink()  # it is changed on purpose
+    (base / "model.safetensors.checksums.json").unlink()  # the file is changed on purpose
     before = safetensors.torch.load_file(file)
     safetensors.torch.save_file({**before, "embedding": before["embedding"] + 0.01}, file)
     with pytest.raises(ValueError, match=r"LoRA adapter for .*base, whose weights have changed since"):
         torchpi.load_policy(result.policy)
 
 
-def test_resuming_with_other_frozen_weights_is_an_error(further, tmp_path, capsys):
-    """They are read from `init` again, which may have changed since."""
+def test_resuming_with_changed_frozen_weights_raises_error(further, tmp_path, capsys):
+    """Frozen weights are read from `init` again, which may have changed since the run started."""
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(further.model.init, base)
-    (base / "model.safetensors.checksums.json").unlink()  # it is changed on purpose
+    (base / "model.safetensors.checksums.json").unlink()  # the file is changed on purpose
     loop.train(further.replace(init=str(base), finetune="lora_strict"), run)
     longer = resume_config(run).replace(num_steps=4)
     file = base / "model.safetensors"
@@ -274,7 +274,7 @@ def test_resuming_with_other_frozen_weights_is_an_error(further, tmp_path, capsy
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at .*base"):
         loop.train(longer, run, resume=True)
     shutil.move(tmp_path / "elsewhere", base)
-    safetensors.torch.save_file(trained, file)  # what is trained comes from the run's checkpoint
+    safetensors.torch.save_file(trained, file)  # trained weights come from the run's checkpoint, not from init
     capsys.readouterr()
     assert loop.train(longer, run, resume=True).step == 4
     assert f"weights: checkpoint at step 3; frozen weights: {base}" in capsys.readouterr().err.replace("\n", "")
@@ -294,16 +294,16 @@ def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path):
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-5)
 
 
-def test_the_real_loss_leaves_out_padding(recipe):
+def test_real_loss_ignores_padding(recipe):
     (model, _), data = begin(recipe)
     (policy,) = build_policies(recipe, model, data)
     samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], SampleRng(0, 2))
     batch = samples.finish(
         samples.collate([samples[0, 5, 0, 0], samples[0, 0, 0, 1]]), "cpu"
-    )  # the last of its episode
+    )  # frame 5 is the last one of its episode
     assert batch.is_real.sum(dim=(1, 2)).tolist() == [1 * 4, 4 * 4]
     width = batch.actions.shape[-1]
-    elements = []  # of the loss, one action dimension at a time
+    elements = []  # loss elements, one action dimension at a time
     for dimension in range(width):
         mask = torch.zeros_like(batch.noise, dtype=torch.bool)
         mask[..., dimension] = True
@@ -319,7 +319,7 @@ def test_the_real_loss_leaves_out_padding(recipe):
     )
 
 
-def test_openpis_augmentation_is_the_same_for_all_cameras_without_saturation(recipe):
+def test_like_openpi_shares_augmentation_between_cameras_without_saturation(recipe):
     (model, _), data = begin(recipe)
     (policy,) = build_policies(recipe, model, data)
     frames = [Frames(data[0].train, data[0].embodiment, policy.transforms)]
@@ -363,7 +363,7 @@ def test_layers_are_compiled_with_activation_checkpointing(kind, monkeypatch):
 
 
 @pytest.mark.slow
-def test_adamw_in_eight_bits_trains_and_resumes_to_the_bit(recipe, tmp_path):
+def test_adamw8bit_resumes_bit_for_bit(recipe, tmp_path):
     config = recipe.replace(optimizer="adamw8bit", num_steps=4)
     loop.train(config, tmp_path / "whole")
     saved = weights(tmp_path / "whole")
@@ -408,7 +408,7 @@ def other_robot(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_robot, tmp_path):
+def test_mixture_trains_robots_of_different_shapes(recipe, dataset, other_robot, tmp_path):
     sources = (
         Source(str(dataset), "metaworld", weight=3.0),
         Source(str(other_robot / "set"), str(other_robot / "arm.json"), weight=1.0, episodes="0:2"),
@@ -427,8 +427,8 @@ def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_
 
 
 @pytest.mark.slow
-def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path, capsys):
-    """Each with its own statistics, in the policy's folder and when the run is gone on with; a note says so."""
+def test_datasets_of_one_robot_keep_separate_statistics(recipe, dataset, other_robot, tmp_path, capsys):
+    """The policy folder has statistics per dataset, resuming compares them, and a note is printed."""
     copy = tmp_path / "copy"
     shutil.copytree(other_robot / "set", copy)
     sources = (
@@ -451,7 +451,7 @@ def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path
         loop.train(resume_config(run).replace(num_steps=4), run, resume=True)
 
 
-def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):
+def test_camera_that_a_robot_lacks_is_masked(recipe, dataset, other_robot):
     sources = (Source(str(dataset), "metaworld"), Source(str(other_robot / "set"), str(other_robot / "arm.json")))
     config = recipe.replace(dataset="", embodiment="", mixture=sources)
     (model, _), data = begin(config)
@@ -465,13 +465,13 @@ def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):
     assert batch.is_real[:, 0].sum(dim=-1).tolist() == [4, 5]
 
 
-def test_a_mixture_survives_its_file(recipe, tmp_path):
+def test_mixture_survives_json_round_trip(recipe, tmp_path):
     config = recipe.replace(dataset="", embodiment="", mixture=(Source("a", "aloha", 2.0), Source("b", "droid")))
     (tmp_path / "recipe.json").write_text(config.to_json())
     assert TrainConfig.from_json(tmp_path / "recipe.json") == config
 
 
-def test_train_takes_the_recipe_of_a_mixture(recipe, tmp_path, capsys):
+def test_train_command_reads_a_mixture_recipe(recipe, tmp_path, capsys):
     sources = (Source("a", "aloha", 2.0), Source("b", "metaworld", fps=10.0), Source("c", "metaworld"))
     file = tmp_path / "recipe.json"
     file.write_text(recipe.replace(dataset="", embodiment="", mixture=sources).to_json())
@@ -480,14 +480,14 @@ def test_train_takes_the_recipe_of_a_mixture(recipe, tmp_path, capsys):
     assert "no folder a;" in capsys.readouterr().err
 
 
-def test_chosen_episodes_and_frames_alone_are_trained_on(recipe):
+def test_only_selected_episodes_are_trained_on(recipe):
     config = recipe.replace(episodes="0:3", holdout=0.0)
     (data,) = open_data(config, SIZES)
     assert data.train.episode_indices == (0, 1, 2)
     assert data.holdout is None
 
 
-def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
+def test_skip_idle_drops_frames_without_motion(recipe, tmp_path):
     path = tmp_path / "set"
     with LeRobotWriter(
         path, fps=10, cameras={"base": (32, 32, 3), "wrist": (32, 32, 3)}, state_names=list("abcd"),
@@ -496,7 +496,7 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
         for episode in range(2):
             for frame in range(60):
                 black = np.zeros((32, 32, 3), np.uint8)
-                value = np.full(4, max(0, frame - 30) * 0.1 + episode * 0.0)  # rests for three seconds, then moves
+                value = np.full(4, max(0, frame - 30) * 0.1 + episode * 0.0)  # no motion for three seconds
                 images = {"observation.images.base": black, "observation.images.wrist": black}
                 writer.add_frame({**images, "observation.state": value, "action": value})
             writer.save_episode("go")
@@ -523,17 +523,17 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
         ({"keep_every": 0}, "keep_every must be"),
     ],
 )
-def test_invalid_recipes_are_errors(fields, message):
+def test_invalid_recipe_raises_error(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields)
 
 
-def test_a_dataset_smaller_than_a_batch_is_an_error(recipe):
+def test_dataset_smaller_than_a_batch_raises_error(recipe):
     with pytest.raises(ValueError, match="18 frames to train on, fewer than a batch of 64"):
         open_data(recipe.replace(batch_size=64), SIZES)
 
 
-def test_a_pytorch_that_cannot_write_checkpoints_is_an_error_before_anything_is_written(recipe, tmp_path, monkeypatch):
+def test_too_old_pytorch_raises_error_before_anything_is_written(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter", lambda save_sharded: None)  # 2.8
     with pytest.raises(ValueError, match=r"pip install 'torch>=2\.9'"):
         loop.train(recipe, tmp_path / "run")
@@ -543,7 +543,7 @@ def test_a_pytorch_that_cannot_write_checkpoints_is_an_error_before_anything_is_
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoint_of_another_optimizer_is_an_error(recipe, tmp_path):
+def test_resuming_with_another_optimizers_checkpoint_raises_error(recipe, tmp_path):
     loop.train(recipe, tmp_path / "run")
     (model, _), _ = begin(recipe)
     other = state.TrainState.create(model, weight_decay=0.0, ema=False)
@@ -567,7 +567,7 @@ def test_action_prefix_is_drawn_and_masked_in_the_loss(recipe, tmp_path):
     assert torchpi.load_policy(result.policy).metadata["max_action_prefix"] == 2
 
 
-def test_frozen_weights_are_read_into_the_dtype_that_they_have_in_training(further, monkeypatch):
+def test_frozen_weights_are_read_in_frozen_dtype(further, monkeypatch):
     config = further.replace(finetune="lora", lora=LoraConfig(backbone_rank=2, expert_rank=2), frozen_dtype="bfloat16")
     init, read = open_init(config), dict[str, torch.dtype]()
 
@@ -590,7 +590,7 @@ def test_frozen_weights_are_read_into_the_dtype_that_they_have_in_training(furth
     )
 
 
-def test_file_that_is_cut_after_it_was_opened_is_an_error(trained, tmp_path):
+def test_file_truncated_after_opening_raises_error(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "policy")
     init = open_init(TrainConfig(init=str(tmp_path / "policy"), dtype="float32"))
     file = tmp_path / "policy" / "model.safetensors"
@@ -599,8 +599,8 @@ def test_file_that_is_cut_after_it_was_opened_is_an_error(trained, tmp_path):
         init.model()
 
 
-def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
-    """Rank and place are the checkpoint's; the learned matrices are saved for the same base."""
+def test_lora_of_openpi_checkpoints_is_trained_further(golden_root, tmp_path):
+    """The checkpoint determines ranks and layers; the trained matrices are saved with the same base."""
     lora = LoraConfig(backbone_rank=4, backbone_alpha=8.0, expert_rank=6, expert_alpha=3.0)
     root = golden_root / "lora" / "pi05"
     config = TrainConfig(
@@ -608,9 +608,9 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
         frozen_dtype="float32",
     )  # fmt: skip
     init = open_init(config)
-    model, beginning = build_model(config, init.config, init, skeleton=False)
-    assert beginning.fresh == ()
-    assert any(name.endswith("lora_a") for name in beginning.loaded)
+    model, report = build_model(config, init.config, init, skeleton=False)
+    assert report.fresh == ()
+    assert any(name.endswith("lora_a") for name in report.loaded)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("lora_a", "lora_b")):
@@ -636,16 +636,16 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-def test_alphas_of_initial_lora_weights_are_asked_for(finetune, golden_root):
-    """In the headers: neither a plan nor a run begins without them."""
+def test_missing_alphas_of_initial_lora_raise_error(finetune, golden_root):
+    """The error comes when the headers are read, so for a plan as well as for a run."""
     root = golden_root / "lora" / "pi05"
     ranks = LoraConfig(backbone_rank=4, expert_rank=6)
     config = TrainConfig(init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune=finetune)
     with pytest.raises(ValueError, match=r"rank 4 in the backbone .*Pass lora_alpha=") as caught:
         open_init(config.replace(lora=ranks))
-    assert not getattr(caught.value, "__notes__", [])  # a hint at --adapt would lead elsewhere
+    assert not getattr(caught.value, "__notes__", [])  # no hint at --adapt, which would not help
     expected = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0))
-    before = dataclasses.replace(ranks, backbone_alpha=8.0, expert_alpha=3.0)  # how recipes stated it before
+    before = dataclasses.replace(ranks, backbone_alpha=8.0, expert_alpha=3.0)  # recipes older than lora_alpha
     for stated in (config.replace(lora_alpha=(8.0, 3.0), lora=before), config.replace(lora=before)):
         stated = stated.replace(dtype="float32", frozen_dtype="float32")
         init = open_init(stated)
@@ -655,14 +655,14 @@ def test_alphas_of_initial_lora_weights_are_asked_for(finetune, golden_root):
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=1e-6, rtol=1e-6)
 
 
-def test_alphas_without_initial_lora_weights_are_an_error(recipe, further):
+def test_alphas_without_initial_lora_raise_error(recipe, further):
     with pytest.raises(ValueError, match="lora_alpha describes the initial weights"):
         recipe.replace(lora_alpha=(16.0, 32.0))
     with pytest.raises(ValueError, match="lora_alpha= belongs to a checkpoint with LoRA"):
         open_init(further.replace(lora_alpha=(16.0, 32.0)))
 
 
-def test_initial_policy_folder_without_its_tokenizer_is_an_error(further, trained, tmp_path):
+def test_initial_policy_without_tokenizer_raises_error(further, trained, tmp_path):
     root = shutil.copytree(trained, tmp_path / "policy")
     (root / "tokenizer.model").rename(tmp_path / "elsewhere.model")
     config = further.replace(init=str(root))
@@ -672,7 +672,7 @@ def test_initial_policy_folder_without_its_tokenizer_is_an_error(further, traine
     build_policies(config.replace(tokenizer=str(tmp_path / "elsewhere.model")), model, data, open_init(config))
 
 
-def test_images_and_prompt_are_made_as_by_the_initial_policy(further, trained, tmp_path):
+def test_images_and_prompt_follow_the_initial_policy(further, trained, tmp_path):
     root = shutil.copytree(trained, tmp_path / "policy")
     document = json.loads((root / "policy.json").read_text())
     document["image_transform"].update(filter="bilinear", bars=-3)
@@ -696,8 +696,8 @@ def test_images_and_prompt_are_made_as_by_the_initial_policy(further, trained, t
     )
 
 
-def test_one_instruction_for_all_episodes(recipe, tmp_path):
-    """As the policy is asked later, where its client sends none."""
+def test_prompt_option_replaces_the_tasks_of_all_episodes(recipe, tmp_path):
+    """It is also the default prompt of the saved policy."""
     config = recipe.replace(prompt="transfer the cube")
     (model, _), data = begin(config)
     (policy,) = build_policies(config, model, data)
@@ -716,14 +716,14 @@ def test_one_instruction_for_all_episodes(recipe, tmp_path):
         ({"device": "cuda:7"}, "There is no device cuda:7"),
     ],
 )
-def test_mistakes_are_found_before_the_runs_folder_is_made(recipe, tmp_path, fields, message):
+def test_mistakes_raise_error_before_the_run_folder_is_created(recipe, tmp_path, fields, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         loop.train(recipe.replace(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_names_of_another_robot_are_translated(recipe, tmp_path):
-    """As openpi's own sets have them."""
+def test_rename_maps_columns_to_the_robots_names(recipe, tmp_path):
+    """For example in openpi's own datasets."""
     path = tmp_path / "set"
     write_dataset(path, cameras=("top", "wrist"))
     with pytest.raises(KeyError, match="--rename"):
@@ -735,16 +735,16 @@ def test_names_of_another_robot_are_translated(recipe, tmp_path):
     assert data.train.camera_keys == ("observation.images.base", "observation.images.wrist")
 
 
-def test_held_out_chunks_are_sampled_with_the_instruction_that_is_trained(recipe, tmp_path, monkeypatch):
+def test_held_out_chunks_are_sampled_with_the_training_prompt(recipe, tmp_path, monkeypatch):
     from torchpi.transforms import pipeline
 
-    asked: list[str] = []
+    prompts: list[str] = []
     tokenize = pipeline.tokenize_prompt
     monkeypatch.setattr(
         pipeline,
         "tokenize_prompt",
-        lambda tokenizer, text, *a, **k: asked.append(text) or tokenize(tokenizer, text, *a, **k),
+        lambda tokenizer, text, *a, **k: prompts.append(text) or tokenize(tokenizer, text, *a, **k),
     )
     config = recipe.replace(prompt="transfer the cube", num_steps=1, chunk_samples=2)
     loop.train(config, tmp_path / "run")
-    assert set(asked) == {"transfer the cube"}
+    assert set(prompts) == {"transfer the cube"}

@@ -1,4 +1,4 @@
-"""Compiled layers, prompts' lengths, and the share of a device's peak that a run uses."""
+"""Compiled layers, padded prompt lengths, and model FLOPs utilization."""
 
 import functools
 import json
@@ -22,15 +22,15 @@ from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import example_batch
 
-# PyTorch's tracer asks for it, and hides its own warning of that from all but those who make errors of warnings.
+# Dynamo reads this attribute. It hides its own warning, but not if warnings are errors.
 pytestmark = pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor")
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Counts graphs; they are traced as for the compiler, and run by PyTorch's own operations."""
+    """Counter of traced graphs, which run in eager mode instead of being compiled."""
     torch._dynamo.reset()
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations' checks can't be traced
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks can't be traced
     counter = CompileCounter()
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
     yield counter
@@ -57,10 +57,10 @@ def gradients(model: Pi0, count: int) -> tuple[torch.Tensor, ...]:
         pytest.param(True, "full", marks=pytest.mark.slow),
     ],
 )
-def test_each_kind_of_layer_is_one_graph_for_all_layers_of_a_stack(graphs, lora, checkpointing):
+def test_layers_of_a_stack_share_one_compiled_graph(graphs, lora, checkpointing):
     model = Pi0(SIZES)
     with torch.no_grad():
-        for parameter in model.expert.parameters():  # gates are closed at first
+        for parameter in model.expert.parameters():  # adaRMS gates are initialized to 0
             parameter.add_(0.1)
     if lora:
         add_lora(model, LoraConfig(backbone_rank=2, expert_rank=3), torch.Generator().manual_seed(0))
@@ -70,11 +70,11 @@ def test_each_kind_of_layer_is_one_graph_for_all_layers_of_a_stack(graphs, lora,
     for _ in range(2):
         torch.testing.assert_close(gradients(model, 2), expected, atol=1e-5, rtol=1e-4)
     assert graphs.frame_count == 3  # vision, backbone, expert
-    gradients(model, 3)  # another shape is compiled for itself
+    gradients(model, 3)  # another shape needs another graph
     assert graphs.frame_count == 6
 
 
-def test_prompts_are_padded_to_the_next_of_the_given_lengths():
+def test_prompts_are_padded_to_the_next_length():
     def padded(*lengths: int) -> tuple[int, ...]:
         made = [
             {
@@ -126,10 +126,10 @@ def metrics(run):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_compiled_run_compiles_its_first_step_alone_and_has_the_same_losses(recipe, graphs, tmp_path, parallel):
+def test_compiled_run_compiles_once_and_has_the_same_losses(recipe, graphs, tmp_path, parallel):
     loop.train(recipe.replace(compile=True, parallel=parallel), tmp_path / "compiled")
-    if parallel == "ddp":  # FSDP's hooks cut the layers in parts
-        assert graphs.frame_count == 3  # not for the evaluation's shapes
+    if parallel == "ddp":  # FSDP's hooks break the graphs
+        assert graphs.frame_count == 3  # the evaluation is not compiled
     loop.train(recipe, tmp_path / "eager")
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-4)
 
@@ -137,7 +137,7 @@ def test_a_compiled_run_compiles_its_first_step_alone_and_has_the_same_losses(re
 @pytest.mark.parametrize(
     ("finetune", "factors"), [("full", (3, 3, 3)), ("frozen_vision", (1, 3, 3)), ("expert", (1, 1, 3))]
 )
-def test_flops_of_a_step_are_those_of_what_is_trained(finetune, factors):
+def test_flops_count_only_trained_parts(finetune, factors):
     model = Pi0(SIZES, device="meta")
     for name, trained in trainable_parameters(model, finetune).items():
         model.get_parameter(name).requires_grad = trained
@@ -150,7 +150,7 @@ def test_flops_of_a_step_are_those_of_what_is_trained(finetune, factors):
 
 
 @pytest.mark.slow
-def test_utilization_is_logged_where_the_peak_is_known(recipe, tmp_path, monkeypatch):
+def test_mfu_is_logged_if_the_device_peak_is_known(recipe, tmp_path, monkeypatch):
     loop.train(recipe, tmp_path / "unknown")
     assert "mfu" not in (tmp_path / "unknown" / "metrics.jsonl").read_text()
     monkeypatch.setattr(utilization, "peak_flops", lambda device, dtype: 1e9)
@@ -160,7 +160,7 @@ def test_utilization_is_logged_where_the_peak_is_known(recipe, tmp_path, monkeyp
     assert "(MFU)" in (tmp_path / "known" / "report.html").read_text()
 
 
-def test_peaks_are_those_of_known_gpus_in_bfloat16(monkeypatch):
+def test_peak_flops_are_known_for_listed_gpus_in_bfloat16(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert utilization.peak_flops(gpu, "bfloat16") == 312e12

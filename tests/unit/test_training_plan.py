@@ -1,4 +1,4 @@
-"""The planned memory compared with the memory of a training step."""
+"""The estimated memory of a run, compared with the measured memory."""
 
 import dataclasses
 import gc
@@ -24,7 +24,7 @@ from torchpi.training.samples import example_batch, loss_sum
 from torchpi.training.state import TrainState
 from torchpi.training.weights import build_model
 
-BASE = "gs://openpi-assets/checkpoints/pi05_base"  # named only: the sizes are the recipe's, and nothing is read
+BASE = "gs://openpi-assets/checkpoints/pi05_base"  # only named: nothing is read, because the recipe has the sizes
 GEMMA = GemmaConfig(width=128, depth=2, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32)
 SIZES = Pi0Config(
     pi05=True,
@@ -67,9 +67,9 @@ def recipe(folder: pathlib.Path, sizes: Pi0Config) -> TrainConfig:
 
 
 def measured(config: TrainConfig, sizes: Pi0Config) -> int:
-    """Most bytes that live on the CPU in two updates and a measurement, as PyTorch's allocator has them."""
+    """Peak of the memory that PyTorch allocates on the CPU in two updates and an evaluation, in bytes."""
     device = torch.device("cpu")
-    gc.collect()  # what other tests have left must not be freed meanwhile
+    gc.collect()  # memory of other tests must not be freed during the measurement
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model, _ = build_model(config, sizes, skeleton=True)
         model.to_empty(device=device)
@@ -82,31 +82,31 @@ def measured(config: TrainConfig, sizes: Pi0Config) -> int:
         )
         samples, cameras = config.batch_size // config.grad_accum_steps, ("base", "wrist")
         shape = (config.eval.holdout_samples, len(cameras), sizes.image_size, sizes.image_size, 3)
-        waiting = torch.empty(shape, dtype=torch.uint8)
+        held_out = torch.empty(shape, dtype=torch.uint8)
         for _ in range(2):
             batches = [
                 example_batch(sizes, cameras, samples, config.optim.flow_samples_per_obs, device)
                 for _ in range(config.grad_accum_steps)
             ]
             update(state, config, batches, single_process(model))
-        with state.ema_weights() as averaged, torch.no_grad():
-            loss_sum(averaged.forward, example_batch(sizes, cameras, samples, 4, device), config.optim.loss)
-        del waiting
+        with state.ema_weights() as ema_model, torch.no_grad():
+            loss_sum(ema_model.forward, example_batch(sizes, cameras, samples, 4, device), config.optim.loss)
+        del held_out
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    live = most = 0
+    live = peak = 0
     for event in events:
         if event.name() == "[memory]":
             live += event.nbytes()
-            most = max(most, live)
-    return most
+            peak = max(peak, live)
+    return peak
 
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: torchpi[adamw8bit]"
 )
 VARIANTS = [
-    pytest.param({"activation_checkpointing": "full"}, id="layers"),
-    pytest.param({}, id="full", marks=pytest.mark.slow),
+    pytest.param({"activation_checkpointing": "full"}, id="full"),
+    pytest.param({}, id="none", marks=pytest.mark.slow),
     pytest.param({"dtype": "float32"}, id="float32", marks=pytest.mark.slow),
     pytest.param({"activation_checkpointing": "selective"}, id="selective", marks=pytest.mark.slow),
     pytest.param({"grad_accum_steps": 2}, id="accumulate 2", marks=pytest.mark.slow),
@@ -139,7 +139,7 @@ def test_planned_memory_of_pi0_equals_measured_memory(checkpointing, tmp_path):
     assert planned.peak.total == pytest.approx(measured(config, sizes), rel=0.03)
 
 
-def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
+def test_ddp_shares_samples_and_fsdp_also_shares_the_model(tiny):
     on_cuda = tiny.replace(device="cuda", holdout=0.0)
     one = plan(on_cuda, world_size=1, local_world_size=1)
     ddp = plan(on_cuda, world_size=4, local_world_size=4)
@@ -149,11 +149,11 @@ def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
     assert ddp.peak.activations < one.peak.activations
     assert fsdp.peak.optimizer == pytest.approx(one.peak.optimizer / 4, rel=0.2)
     assert fsdp.peak.gathered > 0
-    # What is gathered in bfloat16 is not copied into it.
+    # Weights gathered in bfloat16 need no copies in bfloat16.
     assert fsdp.peak.activations < ddp.peak.activations
 
 
-def test_plan_counts_the_whole_model_that_the_main_process_builds(tiny):
+def test_plan_counts_the_unsharded_model_built_by_the_main_process(tiny):
     one, eight = (
         plan(tiny.replace(parallel="fsdp", ema_decay=0.0, device="cpu", holdout=0.0), world_size=n, local_world_size=n)
         for n in (1, 8)
@@ -165,10 +165,10 @@ def test_plan_counts_the_whole_model_that_the_main_process_builds(tiny):
         config = tiny.replace(init=BASE, finetune="lora", frozen_dtype=frozen_dtype)
         return plan(config, world_size=1, local_world_size=1).building
 
-    assert lora("bfloat16") < lora("float32")  # what is frozen is read as bfloat16
+    assert lora("bfloat16") < lora("float32")  # frozen weights are read in frozen_dtype
 
 
-def test_micro_batches_do_not_add_gradients(tiny):
+def test_micro_batches_need_no_second_set_of_gradients(tiny):
     on_cuda = tiny.replace(device="cuda", holdout=0.0)
     one, two = (plan(on_cuda.replace(grad_accum_steps=n), world_size=2, local_world_size=2) for n in (1, 2))
     assert one.peak.gradients == two.peak.gradients
@@ -180,7 +180,7 @@ def test_plan_that_does_not_fit_lists_alternatives(tiny, capsys):
     main([*arguments, "--plan-memory", "1", "--json"])  # returns: it fits
     needed = json.loads(capsys.readouterr().out)["needed"]
     with pytest.raises(SystemExit, match="1"):
-        main([*arguments, "--plan-memory", str(needed / 1e9), "--json"])  # none is left for what is not counted
+        main([*arguments, "--plan-memory", str(needed / 1e9), "--json"])  # no room for memory that is not counted
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is False
     assert {"grad_accum_steps": 2} in [other["fields"] for other in document["alternatives"] if other["fits"]]
@@ -193,7 +193,7 @@ def test_plan_prints_its_assumptions(tiny, capsys):
     assert "--plan-memory" in printed
 
 
-def test_mistakes_are_named(tiny):
+def test_indivisible_batch_and_missing_robot_raise_error(tiny):
     with pytest.raises(ValueError, match="can't be divided"):
         plan(tiny, world_size=3, local_world_size=3)
     with pytest.raises(ValueError, match="--embodiment"):
@@ -218,8 +218,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_trains_can_be_planned(trains, tmp_path):
-    """Random options: each is planned for one process and for two, as it would be shared, and trained."""
+def test_every_trainable_recipe_can_be_planned(trains, tmp_path):
+    """Random recipes are planned for one and two processes, and trained (in the slow test)."""
     train_helpers.write_dataset(tmp_path / "set")
     base = recipe(tmp_path, train_helpers.SIZES)
     data = {

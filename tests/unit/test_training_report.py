@@ -1,4 +1,4 @@
-"""The page of a training run, from whatever lies in the run's folder."""
+"""The report of a training run, from complete, incomplete and damaged run folders."""
 
 import html.parser
 import json
@@ -80,7 +80,7 @@ def write_image(path, size=(40, 30)):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A finished run and its page; not to be changed."""
+    """A finished run with its report; tests must not change it."""
     lines = [metrics_line(step, **(evaluation(2 / step) if step % 20 == 0 else {})) for step in range(10, 101, 10)]
     run = write_run(tmp_path_factory.mktemp("runs") / "run", lines, num_steps=100, lr=1e-3)
     (run / "run.json").write_text(json.dumps(ABOUT))
@@ -105,7 +105,7 @@ def bare(tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-    """A parsed page, whose tags are closed in order."""
+    """A parsed HTML page; checks that its tags are closed in order."""
 
     VOID = ("meta", "img", "br")
 
@@ -141,7 +141,7 @@ def page_of(run):
 
 
 def check_page(run):
-    """The parsed page of a run, which refers to nothing outside itself."""
+    """Parse the page of a run; check that it is self-contained and that its plots have descriptions."""
     text = (run / "report.html").read_text(encoding="utf-8")
     assert len(text) < 3e6
     page = Page(text)
@@ -161,10 +161,10 @@ def check_page(run):
     return page
 
 
-# What the page has
+# Contents of the page
 
 
-def test_the_page_has_everything_of_the_run(page):
+def test_page_shows_all_parts_of_the_run(page):
     assert "From random weights, on recorded: trained to the end." in page.text
     for part in ("100 steps of 100", "2 epochs", "2 h 05 min", "75% success in simulation"):
         assert part in page.text
@@ -173,7 +173,7 @@ def test_the_page_has_everything_of_the_run(page):
         "Data and initial weights", "Recipe", "Commands",
     )  # fmt: skip
     assert all(page.text.count(title) >= 2 for title in titles)  # in the navigation too
-    # 8 panels and the two drawings of chunk errors; the last plots
+    # 8 panels and two plots of chunk errors as SVG; the latest two plots as images
     assert [tag for tag, _ in page.tags].count("svg") == 10
     assert [tag for tag, _ in page.tags].count("img") == 2
     assert "After 100 steps." in page.text
@@ -181,7 +181,7 @@ def test_the_page_has_everything_of_the_run(page):
     assert "interrupted" not in page.text
 
 
-def test_texts_are_escaped(full):
+def test_page_escapes_text(full):
     text = (full / "report.html").read_text(encoding="utf-8")
     assert "<b>reach" not in text
     assert "&lt;b&gt;reach&lt;/b&gt;" in text
@@ -209,7 +209,7 @@ def test_data_and_initial_weights_are_listed(page):
         assert part in page.text
 
 
-def test_the_robots_of_a_mixture_have_their_own_errors_and_plots(tmp_path):
+def test_mixture_shows_errors_and_plots_per_robot(tmp_path):
     mixture = [{"dataset": "hf://org/first", "embodiment": "metaworld"}, {"dataset": "second", "embodiment": "droid"}]
     more = {"chunk_error_droid": 0.5, "chunk_error_dims_droid": {"x": 0.5}, "chunk_error_steps_droid": [0.5, None]}
     run = write_run(tmp_path / "run", [metrics_line(10, **evaluation(0.2), **more)], dataset="", mixture=mixture)
@@ -226,7 +226,7 @@ def test_the_robots_of_a_mixture_have_their_own_errors_and_plots(tmp_path):
     assert "eval checkpoints/00000010/policy --dataset hf://org/first" in page.text
 
 
-def test_fields_that_differ_from_the_default_recipe_are_marked(full):
+def test_changed_recipe_fields_are_marked(full):
     text = (full / "report.html").read_text(encoding="utf-8")
     changed = re.findall(r'<tr class="marked"><td class="name">(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', text)
     assert ("lr", "0.001", f"{TrainConfig().optim.lr:g}") in changed
@@ -235,7 +235,7 @@ def test_fields_that_differ_from_the_default_recipe_are_marked(full):
     assert f"4 of {len(fields)} fields differ" in text
 
 
-def test_the_commands_name_the_last_policy_from_the_folder_of_the_run(page):
+def test_commands_name_the_last_policy_relative_to_the_run(page):
     policy, text = "checkpoints/00000100/policy", page.text
     for command in (f"doctor {policy}", f"eval {policy} --env metaworld --episodes 20", f"serve {policy}"):
         assert f"torchpi {command}" in text
@@ -243,49 +243,49 @@ def test_the_commands_name_the_last_policy_from_the_folder_of_the_run(page):
     assert "--dataset ../recorded" not in text
 
 
-def test_the_dataset_is_named_from_the_folder_of_the_run(bare, monkeypatch):
+def test_commands_name_the_dataset_relative_to_the_run(bare, monkeypatch):
     monkeypatch.chdir(bare.parent)
     (bare.parent / "recorded" / "meta").mkdir(parents=True)
     (bare / "checkpoints" / "00000100" / "policy").mkdir(parents=True)
     assert "torchpi eval checkpoints/00000100/policy --dataset ../recorded" in page_of(bare).text
 
 
-def test_a_large_plot_is_made_smaller(bare):
+def test_large_plot_is_compressed(bare):
     path = bare / "plots" / "00000100_chunks.png"
     write_image(path, (1200, 800))
     assert path.stat().st_size > IMAGE_BYTES
     assert [source[:15] for source in page_of(bare).attributes("src")] == ["data:image/jpeg"]
 
 
-def test_a_truncated_plot_is_named(bare):
+def test_truncated_plot_is_reported(bare):
     path = bare / "plots" / "00000100_errors.png"
     write_image(path)
     path.write_bytes(path.read_bytes()[:100])
     assert "00000100_errors.png cannot be shown" in page_of(bare).text
 
 
-def test_nothing_but_the_page_is_written(full):
+def test_report_writes_only_the_page(full):
     assert sorted(path.name for path in full.iterdir() if path.is_file()) == [
         "metrics.jsonl", "report.html", "run.json", "train.json",
     ]  # fmt: skip
 
 
-# Runs that ended badly, or have only begun
+# Incomplete and damaged runs
 
 
 @pytest.mark.parametrize("lines", [0, 3])
-def test_a_run_that_has_hardly_begun(tmp_path, lines):
+def test_report_of_a_run_that_has_just_started(tmp_path, lines):
     run = write_run(tmp_path / "run", [metrics_line(step) for step in range(1, lines + 1)], tail='{"step": 4, "lo')
     page = page_of(run)
     assert "it is running, or was killed" in page.text
     assert "Not recorded: run.json, " in page.text
     assert "a checkpoint" in page.text
     assert "There is no checkpoint yet" in page.text
-    assert "cannot be read" not in page.text  # a cut last line is the usual end
+    assert "cannot be read" not in page.text  # an incomplete last line is normal
     assert [tag for tag, _ in page.tags].count("svg") == (6 if lines else 0)
 
 
-def test_a_stopped_run_with_a_checkpoint_can_be_resumed(tmp_path):
+def test_report_of_a_stopped_run_shows_the_resume_command(tmp_path):
     run = write_run(tmp_path / "run", [metrics_line(10)], num_steps=100)
     (run / "checkpoints" / "00000012" / "policy").mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"finished": "2026-01-02T10:05:00+00:00", "parameters": 3}))
@@ -295,14 +295,14 @@ def test_a_stopped_run_with_a_checkpoint_can_be_resumed(tmp_path):
     assert "torchpi train --resume ." in text
 
 
-def test_values_that_are_not_finite_are_named_and_not_drawn(tmp_path):
+def test_non_finite_values_are_reported_and_not_drawn(tmp_path):
     lines = [metrics_line(step, loss=math.nan if step > 3 else 1.0, grad_norm=math.inf) for step in range(1, 7)]
     text = page_of(write_run(tmp_path / "run", [*lines, metrics_line(7, **evaluation(math.nan))])).text
     assert "loss is not finite in 3 of 7 lines, first at step 4." in text
     assert "grad_norm is not finite in 6 of 7 lines, first at step 1." in text
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     run = write_run(tmp_path / "run", [metrics_line(1)], tail="\0\0\n[1]\n" + json.dumps(metrics_line(2)) + "\n")
     (run / "run.json").write_text('{"device": ')
     text = page_of(run).text
@@ -311,19 +311,19 @@ def test_damaged_files_are_named(tmp_path):
     assert "2 steps of" in text
 
 
-def test_interruptions_are_noted(tmp_path):
+def test_interruptions_are_reported(tmp_path):
     lines = [metrics_line(step) for step in (10, 20, 30)] + [metrics_line(20), metrics_line(25, resumed=True)]
     text = page_of(write_run(tmp_path / "run", lines)).text
     assert "The run was interrupted and resumed; the first lines after that are of step 20, 25." in text
     assert "25 steps of" in text
 
 
-def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+def test_folder_without_a_run_raises_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither train\.json nor metrics\.jsonl"):
         write_report(tmp_path)
 
 
-def test_a_recipe_of_another_version_is_shown(tmp_path):
+def test_recipe_of_another_version_is_shown(tmp_path):
     run = write_run(tmp_path / "run", [], optimizer={"name": "adamw", "betas": [0.9, 0.95]})
     assert "optimizer.betas 0.9, 0.95" in page_of(run).text
 
@@ -343,17 +343,17 @@ def test_plots_of_earlier_versions_are_shown(bare):
 # Curves
 
 
-def test_lines_behind_a_resume_are_dropped():
+def test_lines_made_obsolete_by_a_resume_are_dropped():
     lines = [{"step": step, "run": run} for run, step in ((1, 10), (1, 20), (1, 30), (2, 20), (2, 20), (2, 40))]
     assert [(line["run"], line["step"]) for line in without_overtaken(lines)] == [
         (1, 10), (1, 20), (2, 20), (2, 20), (2, 40),
     ]  # fmt: skip
 
 
-def test_lines_are_read_but_for_a_cut_one_at_the_end(tmp_path):
+def test_metrics_are_read_without_a_truncated_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for the line's end
+    path.write_text('{"step": 1}\n{"step": 2}')  # complete except for the line break
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"step": 1}\n{"step": 2, ')
     assert read_metrics(path) == [{"step": 1}]
@@ -363,7 +363,7 @@ def test_lines_are_read_but_for_a_cut_one_at_the_end(tmp_path):
     assert parse_metrics("") == ([], [])
 
 
-def test_a_thinned_series_keeps_its_range():
+def test_thinned_series_keeps_its_range():
     steps = np.arange(100_000)
     values = np.sin(steps.astype(np.float64))
     values[777], values[5000:5400], values[99_999] = 9.0, math.nan, -7.0
@@ -379,7 +379,7 @@ def test_a_thinned_series_keeps_its_range():
 
 
 @pytest.mark.parametrize("lines", [[], [metrics_line(10)], [metrics_line(s, **evaluation(1 / s)) for s in (1, 2, 30)]])
-def test_curves_are_drawn_into_an_image(tmp_path, lines):
+def test_curves_are_plotted_to_a_png(tmp_path, lines):
     run = write_run(tmp_path / "run", lines)
     plot_curves(run / "metrics.jsonl", run / "curves.png")
     with Image.open(run / "curves.png") as image:
@@ -387,18 +387,18 @@ def test_curves_are_drawn_into_an_image(tmp_path, lines):
 
 
 @pytest.mark.slow
-def test_a_very_long_run_makes_a_page_of_usual_size(tmp_path):
+def test_page_of_a_very_long_run_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     dims = {f"joint_{i}": 0.5 for i in range(32)}
     lines = [metrics_line(step, loss=rng.random()) for step in range(1, 100_001)]
     for line in lines[::100]:
         line |= evaluation(rng.random()) | {"chunk_error_dims": dims, "chunk_error_steps": [0.1] * 50}
-    page_of(write_run(tmp_path / "run", lines))  # checks the size
+    page_of(write_run(tmp_path / "run", lines))  # check_page checks the size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 420])
-def test_a_browser_shows_the_page(full, tmp_path, width):
+def test_browser_renders_the_page(full, tmp_path, width):
     if not (chromium := shutil.which("chromium")):
         pytest.skip("no chromium")
     screenshot = tmp_path / "page.png"
@@ -411,4 +411,4 @@ def test_a_browser_shows_the_page(full, tmp_path, width):
     with Image.open(screenshot) as image:
         assert image.width == width
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
-    assert {(0x2F, 0x66, 0xD0), (0x0D, 0x85, 0x77)} <= colors  # curves, in the colours of the style sheet
+    assert {(0x2F, 0x66, 0xD0), (0x0D, 0x85, 0x77)} <= colors  # colours of the curves

@@ -1,4 +1,4 @@
-"""A small model and dataset to train, and what a run has saved."""
+"""A small model and dataset for training tests, and access to a run's saved state."""
 
 import pathlib
 
@@ -44,7 +44,7 @@ def write_dataset(
 
 
 def weights(run: pathlib.Path) -> dict[str, torch.Tensor]:
-    """The state of a run's last checkpoint, of all processes that have written it."""
+    """The unsharded state of a run's last checkpoint."""
     arrays = state.StateArrays(state.checkpoints(run)[-1] / state.STATE)
     return {name: arrays.read(name) for name in arrays.names}
 

@@ -1,6 +1,6 @@
-"""Training in several processes, for the tests: `train_together` starts them, and they run this file.
+"""Training in several processes for tests: `train_together` starts the processes, which run this file.
 
-A process does all jobs of a test one after the other, because its start takes longer than they do.
+Each process runs all jobs of a test one after the other, because starting a process takes longer than a job.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from torchpi.training.config import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that is begun, or gone on with."""
+    """A run to start or resume."""
 
     config: TrainConfig
     run: pathlib.Path
@@ -32,14 +32,14 @@ def train_together(world_size: int, jobs: Sequence[Job], folder: pathlib.Path) -
     """Train in `world_size` new processes, as torchrun starts them.
 
     Args:
-        folder: empty; for the processes' instructions and what they print.
+        folder: a new folder for the processes' instructions and output.
 
     Raises:
-        AssertionError: a process has failed; with what it has printed.
+        AssertionError: a process has failed; the message has the processes' output.
     """
     folder.mkdir()
-    # A store for each job: what one has left there must not meet the next one. They are served here, as torchrun does
-    # it: at a port that was found free before, another test's processes may listen by now, and both would wait forever.
+    # Each job needs a new store. The stores are served here, like torchrun does it: if the processes opened a port that
+    # was found free before, another test could have taken it meanwhile, and both would wait forever.
     patience = datetime.timedelta(minutes=5)
     stores = [dist.TCPStore("127.0.0.1", 0, None, True, patience, wait_for_workers=False) for _ in jobs]
     instructions = []
@@ -58,14 +58,14 @@ def train_together(world_size: int, jobs: Sequence[Job], folder: pathlib.Path) -
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     while None in (codes := [process.poll() for process in processes]) and not any(codes):
         time.sleep(0.01)
-    for process in processes:  # where one has failed, the others wait for it
+    for process in processes:  # if one has failed, the others wait for it
         process.kill()
         process.wait()
     assert not any(codes), "\n".join((folder / f"{rank}.log").read_text()[-6000:] for rank in range(world_size))
 
 
 def resume(config: TrainConfig, run: pathlib.Path) -> None:
-    """Go on with a run, or begin it where it has no checkpoint yet; quietly."""
+    """Resume a run, or start it if it has no checkpoint yet, without output."""
     from torchpi.training import loop
     from torchpi.training.state import checkpoints
 
@@ -75,7 +75,7 @@ def resume(config: TrainConfig, run: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Do the jobs of the file that is named on the command line."""
+    """Run the jobs of the file named on the command line."""
     from torchpi.training import loop
 
     for recipe, run, resume, port in json.loads(pathlib.Path(sys.argv[1]).read_text()):

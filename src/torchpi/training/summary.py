@@ -104,7 +104,7 @@ def describe(
         if len({(source.embodiment.state_names, source.embodiment.action_names) for source in (one, other)}) == 1:
             console.print(
                 f"  note: {one.source.dataset} and {other.source.dataset} have the same state and actions, but "
-                "each its own statistics, like two robots; if they are one: torchpi data merge, or norm_stats with a file"
+                "each its own statistics, like two robots; if they are one: torchpi data merge, or a file as norm_stats"
             )
     longest = max(prompts, key=lambda text: prompts[text])
     limit = model.config.max_token_len or "any number of"
