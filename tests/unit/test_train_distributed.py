@@ -65,7 +65,7 @@ def figures(run: pathlib.Path) -> list[dict[str, float]]:
 
 
 def without_key_biases(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop SigLIP's key biases: they have no effect, and AdamW turns rounding errors of their gradient into full steps."""
+    """Drop SigLIP's key biases: they have no effect, but AdamW turns rounding errors of their gradient into steps."""
     width = SIZES.siglip.width
     return {
         name: torch.cat([value[:width], value[2 * width :]]) if name.endswith("qkv.bias") else value

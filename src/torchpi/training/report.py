@@ -63,9 +63,7 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     page = html_page(
         f"{name}: a training run",
         header=page_header("torchpi train", name, _summary(run), tiles=list(_tiles(run)), notes=list(_notes(run))),
-        sections=[
-            page_section("training.html", name, values) for name, values in sections.items() if any(values.values())
-        ],
+        sections=[page_section("training.html", key, texts) for key, texts in sections.items() if any(texts.values())],
         footer="this page needs nothing else; torchpi makes it from the files of the run",
     )
     replace_text(folder / REPORT, page)
@@ -80,12 +78,8 @@ def _summary(run: Run) -> str:
     subject = f"From {init}, on {pathlib.Path(str(data)).name}" if data else "A policy"
     if run.finished:
         return f"{subject}: trained to the end."
-    if not run.step:
-        progress = "no step is logged yet"
-    elif run.num_steps:
-        progress = f"step {format_count(run.step)} of {format_count(run.num_steps)}"
-    else:
-        progress = f"step {format_count(run.step)}"
+    total = f" of {format_count(run.num_steps)}" if run.num_steps else ""
+    progress = f"step {format_count(run.step)}{total}" if run.step else "no step is logged yet"
     status = "it was stopped before the last step" if run.info.get("finished") else "it is running, or was killed"
     return f"{subject}: {progress}; {status}."
 
@@ -156,11 +150,8 @@ def _figure(title: str, note: str, draw: Callable[[Any], object], description: s
 def _chunks(run: Run) -> dict[str, Any]:
     """Errors of sampled chunks, per robot."""
     names = robots(run.lines)
-    return {
-        "robots": "".join(
-            _robot_chunks(run, suffix, f" of {name}" if len(names) > 1 else "") for suffix, name in names.items()
-        )
-    }
+    titles = {suffix: f" of {name}" if len(names) > 1 else "" for suffix, name in names.items()}
+    return {"robots": "".join(_robot_chunks(run, suffix, of_robot) for suffix, of_robot in titles.items())}
 
 
 def _robot_chunks(run: Run, suffix: str, of_robot: str) -> str:
@@ -175,15 +166,13 @@ def _robot_chunks(run: Run, suffix: str, of_robot: str) -> str:
         if constant:
             notes.append(f"never moving: {', '.join(constant)}")
         description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
-        figures += _figure(
-            panel.title, "; ".join(notes), partial(draw_panel, curves=run.series, panel=panel), description
-        )
+        draw = partial(draw_panel, curves=run.series, panel=panel)
+        figures += _figure(panel.title, "; ".join(notes), draw, description)
     if evaluations := chunk_steps(run.lines, suffix):
+        description = f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation."
+        draw = partial(draw_chunk_steps, evaluations=evaluations)
         figures += _figure(
-            f"Error over the chunk{of_robot}",
-            "the later the evaluation, the stronger",
-            partial(draw_chunk_steps, evaluations=evaluations),
-            f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation.",
+            f"Error over the chunk{of_robot}", "later evaluations have stronger lines", draw, description
         )
     html = f'<div class="multiples plots">{figures}</div>' if figures else ""
     if dims:
