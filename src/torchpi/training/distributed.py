@@ -56,7 +56,7 @@ def process_group(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun has started; without torchrun there is only this one.
 
     Args:
-        device: "cpu", or "cuda" for the GPU of each process' local rank; None: cuda if available.
+        device: "cpu", or "cuda" for the GPU of each process's local rank; None: cuda if available.
     """
     own_device, under_torchrun = usable_device(device), "WORLD_SIZE" in os.environ
     backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
@@ -107,7 +107,7 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
     """Distribute a model over the processes.
 
     Args:
-        model: moved to the device and sharded in place. The main process' weights are distributed; the other processes
+        model: moved to the device and sharded in place. The main process's weights are distributed; the other processes
             may have theirs on "meta".
         shard_size: processes that share one copy of the model, for "hybrid".
     """
@@ -262,7 +262,7 @@ def own_share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
-    """The number of this process' copy of a tensor (or of its shard), and the number of identical copies."""
+    """The number of this process's copy of a tensor (or of its shard), and the number of identical copies."""
     if not isinstance(tensor, DTensor):
         return world.rank, world.size
     number, count = 0, 1
@@ -274,7 +274,7 @@ def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' shard of a tensor, as a view; a tensor that is not sharded is returned unchanged."""
+    """This process's shard of a tensor, as a view; a tensor that is not sharded is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -227,7 +227,7 @@ class Holdout:
         """All recorded actions of each dataset; chunk errors are relative to their ranges."""
 
     def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Collate this process' share of each batch; images stay uint8.
+        """Collate this process's share of each batch; images stay uint8.
 
         Yields:
             A batch, and False if the batch only fills up: every process needs the same number of batches.

@@ -191,7 +191,7 @@ def update(
         batches: the micro-batches of this process.
 
     Returns:
-        This process' share of the loss before the update (summed over all processes it is the mean over the whole
+        This process's share of the loss before the update (summed over all processes it is the mean over the whole
         batch), and the gradient norm before clipping ("grad_norm") with the learning rate ("lr").
     """
     optim = config.optim

@@ -176,7 +176,7 @@ class _LiveTensors(TorchDispatchMode):
             self._ignored_casts |= {p.untyped_storage()._cdata: group.dtype for p in group.parameters}
 
     def count(self, tensor: Tensor, kind: str, nbytes: int | None = None) -> None:
-        """Count a tensor's storage while it is alive; by default the bytes of this process' shard."""
+        """Count a tensor's storage while it is alive; by default the bytes of this process's shard."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._forget(key)
@@ -281,7 +281,7 @@ def moment_bytes(shard: Tensor, kind: Optimizer, shards: int) -> int:
 
 
 def shard_bytes(tensor: Tensor, shards: int) -> int:
-    """Bytes of a process' shard: FSDP splits the first dimension and pads to equal shards."""
+    """Bytes of a process's shard: FSDP splits the first dimension and pads to equal shards."""
     if shards == 1 or not tensor.ndim:
         return tensor.nbytes
     return -(-tensor.shape[0] // shards) * (tensor.nbytes // max(tensor.shape[0], 1))

@@ -51,7 +51,7 @@ def make_optimizer(
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale the gradients in place to a global L2 norm of at most `max_norm`; return their norm before.
+    """Scale the gradients in place to a global L2 norm of at most `max_norm`; return their previous norm.
 
     Unlike torch's `clip_grad_norm_`, which adds 1e-6 to the norm, clipped gradients have exactly `max_norm`.
     """

@@ -135,7 +135,7 @@ def _check_statistics(last: pathlib.Path, data: Sequence[SourceData]) -> None:
 
 
 def begin_run(run: pathlib.Path, config: TrainConfig, info: Mapping[str, Any], first_step: int) -> None:
-    """Write the recipe and run.json, and drop the metrics behind the checkpoint from which a run is resumed."""
+    """Write the recipe and run.json, and drop metrics logged after the checkpoint that the run resumes from."""
     run.mkdir(parents=True, exist_ok=True)
     # The recipe states the end of the schedule, so that more steps in a resumed run do not change earlier steps.
     recipe = config.replace(decay_steps=config.optim.decay_steps or config.num_steps)
