@@ -17,7 +17,7 @@ from torchpi.cli import main
 from torchpi.training.config import TrainConfig
 
 # The old files state no command for their actions; the warning is tested with the policy folder.
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not say what its actions command:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not state the command of each action:UserWarning")
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 KEYS = ("loss", "grad_norm", "holdout_loss")
