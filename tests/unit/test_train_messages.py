@@ -144,5 +144,5 @@ def test_out_of_memory_error_suggests_the_plan(recipe, tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit):
         main(["train", "--dataset", recipe.data.dataset, "--embodiment", "metaworld", "--out", str(tmp_path / "run")])
     message = capsys.readouterr().err
-    assert "CUDA out of memory. Tried to allocate 2.00 GiB. torchpi train --plan, with the same options" in message
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB. Run torchpi train --plan with the same options" in message
     assert "GPU 0" not in message
