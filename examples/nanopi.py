@@ -1,13 +1,14 @@
-"""π₀.₅ in one file: from camera images and words to a robot's next actions, and to the loss it is trained with.
+"""π₀.₅ in one file: from camera images and a prompt to a robot's next actions, and to the training loss.
 
     python examples/nanopi.py [CHECKPOINT] [--config X.json] [--inputs X.npz --out Y.npz]
 
-The code runs in the order of the computation, steps 0 to 11 and then inference, and every line ends with its shape. π₀
-is in here too: it differs in step 5 (how state and time come in) and in 7-1 (which norms the action expert has).
+The code follows the order of the computation, steps 0 to 11 and then inference, with shapes as trailing comments. It
+covers π₀ too, which differs in step 5 (how state and time enter) and in step 7-1 (the norms of the action expert).
 
-Functions get the weights by name, `w`, and `show(step, name, tensor)`, which prints a shape and returns the tensor.
-Nothing is fast. Both experts run side by side, as in the papers' figures: one sequence, one attention mask, explicit
-logits. `torchpi.model` computes the same numbers with a cache in place of the joint sequence; a test holds them equal.
+Functions take the weights by name, `w`, and `show(step, name, tensor)`, which prints a shape and returns the tensor.
+The code is written for reading, not for speed. Both experts run side by side, as in the papers' figures: one sequence,
+one attention mask, explicit logits. `torchpi.model` computes the same numbers with a KV cache instead of the joint
+sequence; a test checks that they agree.
 
     B  batch                        S  prefix tokens, 968 = 3·256 + 200       D  backbone width, 2048
     P  patches per image, 256       T  suffix tokens, 50                      d  action expert width, 1024
@@ -16,7 +17,7 @@ logits. `torchpi.model` computes the same numbers with a cache in place of the j
     A  action dimensions, 32        F  feed-forward width, 16384 and 4096     K  head width, 256
 
 Papers: π₀ (arXiv:2410.24164), π₀.₅ (arXiv:2504.16054), PaliGemma (arXiv:2407.07726), SigLIP (arXiv:2303.15343).
-Time runs from t = 1 (noise) to t = 0 (actions), as in the published weights; the papers write it the other way round.
+Time runs from t = 1 (noise) to t = 0 (actions), as in the published weights; the papers use the opposite convention.
 """
 
 import argparse
@@ -26,30 +27,30 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-STACKS = {"prefix": "backbone", "suffix": "expert"}  # images and words: Gemma-2B; actions: Gemma-300M
-MASKED_LOGIT = -2.3819763e38  # as good as −∞, but a row in which everything is masked stays finite
+STACKS = {"prefix": "backbone", "suffix": "expert"}  # images and prompt: Gemma-2B; actions: Gemma-300M
+MASKED_LOGIT = -2.3819763e38  # like −∞, but a fully masked row stays finite
 
 
 def print_shape(step, name, tensor, layer=None):
-    """Print one tensor; all layers are alike, so the first one stands for them."""
+    """Print name, shape and dtype of a tensor; of the layers, which are alike, only the first."""
     if not layer:
         print(f"{step:>9}  {name:<38} {list(tensor.shape)!s:<24} {str(tensor.dtype).removeprefix('torch.')}")
     return tensor
 
 
 def silent(step, name, tensor, layer=None):
-    """Show nothing."""
+    """Do nothing: a `show` that prints nothing."""
     return tensor
 
 
 def linear(w, name, x):
-    """x · Wᵀ + b in the precision of x."""
+    """x · Wᵀ + b in the dtype of x."""
     bias = w[f"{name}.bias"].to(x.dtype) if f"{name}.bias" in w else None  # [out]
     return F.linear(x, w[f"{name}.weight"].to(x.dtype), bias)  # [..., out]
 
 
 def layer_norm(w, name, x):
-    """Zero mean, unit variance, then a learned scale and shift; in float32."""
+    """LayerNorm in float32: zero mean and unit variance, then a learned scale and shift."""
     normed = F.layer_norm(x.float(), x.shape[-1:], w[f"{name}.weight"].float(), w[f"{name}.bias"].float(), 1e-6)
     return normed.to(x.dtype)  # [B, P, W]
 
@@ -58,9 +59,9 @@ def layer_norm(w, name, x):
 
 
 def observe(inputs, show):
-    """Steps 0 and 1: images of bytes become floats in [-1, 1]."""
+    """Steps 0 and 1: convert uint8 images to floats in [-1, 1]."""
     for name, tensor in inputs.items():
-        if not name.startswith(("noise", "time")):  # which are step 5's
+        if not name.startswith(("noise", "time")):  # shown in step 5
             show("0", name.replace(".", "/"), tensor)
     images = {}
     for camera in [name.removeprefix("image.") for name in inputs if name.startswith("image.")]:
@@ -75,7 +76,7 @@ def observe(inputs, show):
 
 
 def siglip(w, config, camera, image, show):
-    """Step 2: a vision transformer turns one camera's image into tokens of the backbone's width."""
+    """Step 2: encode one camera's image with a vision transformer as tokens of the backbone's width."""
     vit, dtype = config.siglip, w["embedding"].dtype
     side = image.shape[1] // vit.patch  # 16
     grid = image.unflatten(1, (side, vit.patch)).unflatten(3, (side, vit.patch))  # [B, 16, 14, 16, 14, 3]
@@ -100,14 +101,14 @@ def siglip(w, config, camera, image, show):
 
 
 def embed_text(w, ids, show):
-    """Step 3: each token id picks a row of the table, times √D."""
+    """Step 3: look up token embeddings and multiply them by √D."""
     table = show("3", "embedding_table", w["embedding"])  # [257152, D]
-    scale = torch.tensor(table.shape[1] ** 0.5, dtype=table.dtype)  # rounded to the weights' precision first
+    scale = torch.tensor(table.shape[1] ** 0.5, dtype=table.dtype)  # first rounded to the dtype of the weights
     return show("3", "text_tokens", table[ids] * scale)  # [B, L, D]
 
 
 def embed_prefix(w, config, inputs, show):
-    """Steps 0 to 4: images, then text, in one sequence in which every token sees every other, padding aside."""
+    """Steps 0 to 4: join image and text tokens to a sequence with bidirectional attention, padding excluded."""
     tokens, masks = [], []
     for camera, image in observe(inputs, show).items():
         tokens.append(siglip(w, config, camera, image, show))  # [B, P, D]
@@ -125,7 +126,7 @@ def embed_prefix(w, config, inputs, show):
 
 
 def posemb_sincos(t, width, show):
-    """Sines and cosines of the time at periods from 4e-3 to 4, with the original's float32 operations in its order."""
+    """Sines and cosines of the time at periods from 4e-3 to 4, with openpi's float32 operations in the same order."""
     half = width // 2  # 512
     fraction = np.arange(half, dtype=np.float32) * np.float32(1 / max(half - 1, 1))  # [512]
     fraction[-1] = 1 if half > 1 else 0
@@ -136,11 +137,11 @@ def posemb_sincos(t, width, show):
 
 
 def embed_suffix(w, config, state, x_t, t, show):
-    """Step 5: one token per noisy action. The time conditions the norms (π₀.₅), or is mixed into the tokens (π₀)."""
+    """Step 5: embed the noisy actions, one token each. The time conditions the norms (π₀.₅) or the tokens (π₀)."""
     time = posemb_sincos(t, config.action_expert.width, show)  # [B, d]
     actions = show("5", "action_in_proj", linear(w, "suffix.action_in_proj", x_t))  # [B, H, d]
     new_group = torch.zeros(x_t.shape[1], dtype=torch.bool, device=x_t.device)  # [H]
-    new_group[0] = True  # the prefix does not see the actions; they see each other
+    new_group[0] = True  # the prefix does not attend to the actions; they attend to each other
     if config.pi05:
         hidden = show("5", "time_mlp_in", linear(w, "suffix.time_mlp_in", time))  # [B, d]
         hidden = show("5", "time_mlp_out", linear(w, "suffix.time_mlp_out", F.silu(hidden)))  # [B, d]
@@ -154,24 +155,24 @@ def embed_suffix(w, config, state, x_t, t, show):
         mixed = show("5", "action_time_mlp_out", linear(w, "suffix.action_time_mlp_out", F.silu(hidden)))  # [B, H, d]
         tokens = torch.cat([state_token[:, None], mixed], dim=1)  # [B, 1 + H, d]
         ar_mask = torch.cat([torch.ones_like(new_group[:1]), new_group])  # [1 + H]: the state is a group of its own
-        cond = None  # the time is in the tokens
+        cond = None  # the time is mixed into the tokens
     tokens = show("5", "suffix_tokens", tokens)  # [B, T, d]
     mask = show("5", "suffix_mask", torch.ones_like(tokens[..., 0], dtype=torch.bool))  # [B, T]
     return tokens, mask, show("5", "suffix_ar_mask", ar_mask), cond
 
 
-# ---- step 6: who may attend to whom, and where everyone stands ----
+# ---- step 6: attention mask and positions ----
 
 
 def make_attn_mask(input_mask, ar_mask):
-    """Block-causal: a token attends to its own group and to those before it; padding takes no part."""
+    """Block-causal mask: a token attends to its own group and to those before it; padding is excluded."""
     group = ar_mask.cumsum(0)  # [J], True begins a new group
     in_order = group[None, :] <= group[:, None]  # [J, J]: row = query, column = key
     return in_order & input_mask[:, None, :] & input_mask[:, :, None]  # [B, J, J]
 
 
 def token_positions(input_mask):
-    """Count valid tokens only, so that padding moves nothing."""
+    """Number the valid tokens, so that padding shifts no position."""
     return input_mask.cumsum(1) - 1  # [B, J]
 
 
@@ -179,15 +180,15 @@ def token_positions(input_mask):
 
 
 def rms_norm(w, name, x, cond, step, part, layer, show):
-    """Step 7-1: x / rms(x), times a learned scale, or modulated by the time (AdaRMSNorm), which also gives a gate."""
+    """Step 7-1: x / rms(x), with a learned scale, or with scale, shift and gate computed from the time (AdaRMSNorm)."""
     variance = show(step, f"{part}/variance", x.float().square().mean(-1, keepdim=True), layer)  # [B, S, 1]
     normed = x.float() * torch.rsqrt(variance + 1e-6)  # [B, S, D]
     if f"{name}.scale" in w:
         out, gate = normed * (1 + w[f"{name}.scale"].float()), None  # [B, S, D]
     else:
-        where = name.removeprefix("expert.").replace("layers.", "layer_").replace(".", "/")  # layer_0/pre_ffw_norm
+        norm = name.removeprefix("expert.").replace("layers.", "layer_").replace(".", "/")  # layer_0/pre_ffw_norm
         modulation = linear(w, f"{name}.dense", cond.to(x.dtype))  # [B, 3·d]
-        show("9" if step == "9" else "8", f"modulation/{where}", modulation, layer)  # [B, 3·d]
+        show("9" if step == "9" else "8", f"modulation/{norm}", modulation, layer)  # [B, 3·d]
         scale, shift, gate = modulation[:, None].chunk(3, dim=-1)  # 3 × [B, 1, d]
         for parameter, value in (("scale", scale), ("shift", shift), ("gate", gate)):
             show(step, f"{part}/{parameter}", value, layer)  # [B, 1, d]
@@ -201,12 +202,12 @@ def apply_rope(x, positions):
     period = 10_000 ** (torch.arange(half, dtype=torch.float32, device=x.device) * (2 / x.shape[-1]))  # [K/2]
     angle = (positions[..., None].float() / period)[:, :, None]  # [B, J, 1, K/2]
     first, second = x.float().chunk(2, dim=-1)  # 2 × [B, J, heads, K/2]
-    turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
-    return torch.cat(turned, dim=-1).to(x.dtype)  # [B, J, heads, K]
+    rotated = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
+    return torch.cat(rotated, dim=-1).to(x.dtype)  # [B, J, heads, K]
 
 
 def attention(q, k, v, mask, layer, show):
-    """Step 7-4: grouped-query attention: all Q/G query heads of a group read the same keys and values."""
+    """Step 7-4: grouped-query attention; the Q/G query heads of a group share its keys and values."""
     grouped = show("7-4", "q_grouped", q.unflatten(2, (k.shape[2], -1)), layer)  # [B, J, G, Q/G, K]
     logits = torch.einsum("bjghk,bcgk->bghjc", grouped.float(), k.float())  # [B, G, Q/G, J, J]
     logits = show("7-4", "logits", logits, layer).masked_fill(~mask[:, None, None], MASKED_LOGIT)  # [B, G, Q/G, J, J]
@@ -216,9 +217,9 @@ def attention(q, k, v, mask, layer, show):
 
 
 def transformer_layer(w, config, i, streams, positions, mask, cond, past, show):
-    """Steps 7-1 to 7-7: the two experts have their own weights throughout, and meet in one attention.
+    """Steps 7-1 to 7-7: both experts, each with its own weights, share one attention.
 
-    `streams` has the tokens of "prefix" and "suffix", or of one of them; `past`, keys and values that stand before.
+    `streams` holds the tokens of "prefix", "suffix" or both; `past` holds cached keys and values that precede them.
     """
     heads, width = config.paligemma.num_heads, config.paligemma.head_dim  # Q, K: the same in both experts
     groups = config.paligemma.num_kv_heads  # G
@@ -235,11 +236,11 @@ def transformer_layer(w, config, i, streams, positions, mask, cond, past, show):
     q = show("7-3", "q", apply_rope(torch.cat(queries, dim=1), positions) * width**-0.5, i)  # [B, J, Q, K]
     k = show("7-3", "k", apply_rope(torch.cat(keys, dim=1), positions), i)  # [B, J, G, K]
     v = show("7-3", "v", torch.cat(values, dim=1), i)  # [B, J, G, K]
-    before_k, before_v = past or (k[:, :0], v[:, :0])  # [B, S, G, K]: the cache, or nothing
-    out = attention(q, torch.cat([before_k, k], dim=1), torch.cat([before_v, v], dim=1), mask, i, show)  # [B, J, Q·K]
+    past_k, past_v = past or (k[:, :0], v[:, :0])  # [B, S, G, K]: the cache, or empty
+    out = attention(q, torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1), mask, i, show)  # [B, J, Q·K]
     outputs = {}
-    shares = out.split([x.shape[1] for x in streams.values()], dim=1)  # [B, S, Q·K] and [B, T, Q·K]
-    for (part, x), attended in zip(streams.items(), shares, strict=True):
+    per_stream = out.split([x.shape[1] for x in streams.values()], dim=1)  # [B, S, Q·K] and [B, T, Q·K]
+    for (part, x), attended in zip(streams.items(), per_stream, strict=True):
         at = f"{STACKS[part]}.layers.{i}"
         y = linear(w, f"{at}.attention.out", show("7-4", f"{part}/attn_out", attended, i))  # [B, S, D]
         y = show("7-5", f"{part}/attn_proj", y, i)  # [B, S, D]
@@ -255,11 +256,11 @@ def transformer_layer(w, config, i, streams, positions, mask, cond, past, show):
 
 
 def transformer(w, config, streams, positions, mask, cond, past, show):
-    """Steps 7 to 9: all layers, then the final norms. Also returns every layer's keys and values."""
+    """Steps 7 to 9: all layers, then the final norms; also returns the keys and values of each layer."""
     cache = []
     for i in range(config.paligemma.depth):
-        before = None if past is None else past[i]  # 2 × [B, S, G, K]
-        streams, keys_values = transformer_layer(w, config, i, streams, positions, mask, cond, before, show)
+        layer_past = None if past is None else past[i]  # 2 × [B, S, G, K]
+        streams, keys_values = transformer_layer(w, config, i, streams, positions, mask, cond, layer_past, show)
         cache.append(keys_values)  # 2 × [B, J, G, K]
     outputs = {}
     for part, x in streams.items():
@@ -271,13 +272,13 @@ def transformer(w, config, streams, positions, mask, cond, past, show):
 
 
 def velocity(w, x, horizon, show):
-    """Step 10: the action tokens become v_t, the direction from actions to noise."""
+    """Step 10: project the action tokens to v_t, the velocity from actions to noise."""
     action_out = show("10", "action_out", x[:, -horizon:].float())  # [B, H, d]
     return show("10", "v_t", linear(w, "action_out_proj", action_out))  # [B, H, A]
 
 
 def training_loss(w, config, prefix, inputs, show):
-    """Steps 5 to 11: guess the direction from the actions to the noise, at a random point between the two."""
+    """Steps 5 to 11: predict the velocity from actions to noise at a random point between the two."""
     prefix_tokens, prefix_mask, prefix_ar_mask = prefix  # [B, S, D], [B, S], [S]
     actions, noise, t = inputs["actions"], show("5", "noise", inputs["noise"]), show("5", "time", inputs["time"])
     x_t = show("5", "x_t", t[:, None, None] * noise + (1 - t[:, None, None]) * actions)  # [B, H, A]
@@ -289,10 +290,10 @@ def training_loss(w, config, prefix, inputs, show):
     positions = show("6", "positions", token_positions(input_mask))  # [B, J]
     streams = {"prefix": prefix_tokens, "suffix": suffix_tokens.to(prefix_tokens.dtype)}  # [B, S, D], [B, T, d]
     outputs, keys_values = transformer(w, config, streams, positions, mask, cond, None, show)
-    for i, (k, v) in enumerate(keys_values):  # all that inference keeps of the prefix
+    for i, (k, v) in enumerate(keys_values):  # inference keeps only these of the prefix
         show("8", f"cache/layer_{i}/k", k[:, : prefix_mask.shape[1]], i)  # [B, S, G, K]
         show("8", f"cache/layer_{i}/v", v[:, : prefix_mask.shape[1]], i)  # [B, S, G, K]
-    show("9", "prefix_out", outputs["prefix"])  # [B, S, D]: nothing reads it
+    show("9", "prefix_out", outputs["prefix"])  # [B, S, D], unused
     v_t = velocity(w, show("9", "suffix_out", outputs["suffix"]), actions.shape[1], show)  # [B, H, A]
     return show("11", "loss", (v_t - u_t).square().mean(dim=-1))  # [B, H]
 
@@ -301,7 +302,7 @@ def training_loss(w, config, prefix, inputs, show):
 
 
 def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
-    """Inference: read images and words once, keep their keys and values, then walk from noise to actions."""
+    """Inference: run the prefix once, keep its keys and values, then take Euler steps from noise to actions."""
     prefix_tokens, prefix_mask, prefix_ar_mask = prefix  # [B, S, D], [B, S], [S]
     mask, positions = make_attn_mask(prefix_mask, prefix_ar_mask), token_positions(prefix_mask)  # [B, S, S], [B, S]
     _, cache = transformer(w, config, {"prefix": prefix_tokens}, positions, mask, None, None, silent)
@@ -310,7 +311,7 @@ def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
         show("inference", f"cache/layer_{i}/k", k, i)  # [B, S, G, K]
         show("inference", f"cache/layer_{i}/v", v, i)  # [B, S, G, K]
     x_t, t, dt = show("inference", "noise", noise), np.float32(1), np.float32(-1 / num_steps)  # [B, H, A]
-    while t >= -dt / 2:  # 1.0, 0.9 … 0.1, in float32 as in the original
+    while t >= -dt / 2:  # 1.0, 0.9 … 0.1, in float32 as in openpi
         at = f"t={float(t):.3g}"
         time = show("inference", f"time/{at}", torch.full_like(noise[:, 0, 0], float(t)))  # [B]
         show("inference", f"x_t/{at}", x_t)  # [B, H, A]
@@ -335,12 +336,12 @@ def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
 
 
 def weights_of(model):
-    """The weights by name; a fixed position embedding, which is no parameter, among them."""
+    """The weights by name, including a fixed position embedding, which is not a parameter."""
     return {**dict(model.named_parameters()), "vision.pos_embed": model.vision.position_embedding()}
 
 
 def random_inputs(config, batch=2):
-    """Random images, prompt, state, actions, noise and time."""
+    """Draw random images, prompt, state, actions, noise and time."""
     rng, size, length = np.random.default_rng(0), config.image_size, config.require("max_token_len")
     horizon, dim = config.require("action_horizon"), config.action_dim
     cameras = "base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"
@@ -351,20 +352,20 @@ def random_inputs(config, batch=2):
     inputs["tokenized_prompt_mask"] = np.ones((batch, length), bool)
     inputs["actions"] = rng.uniform(-1, 1, (batch, horizon, dim)).astype(np.float32)
     inputs["noise"] = rng.standard_normal((batch, horizon, dim)).astype(np.float32)
-    inputs["time"] = (rng.beta(1.5, 1, batch) * 0.999 + 0.001).astype(np.float32)  # more often near the noise
+    inputs["time"] = (rng.beta(1.5, 1, batch) * 0.999 + 0.001).astype(np.float32)  # more weight near the noise
     return inputs
 
 
 def main():
-    """Run training's forward pass and inference on one batch, and print every shape."""
+    """Run the training forward pass and inference on one batch, and print every shape."""
     parser = argparse.ArgumentParser(description="π₀.₅ and π₀ in one file, with the shape of every tensor.")
-    parser.add_argument("checkpoint", nargs="?", default="demo", help="as torchpi.load_model reads it; default: demo")
-    parser.add_argument("--config", help="for checkpoints that do not say their sizes: a preset or a JSON file")
-    parser.add_argument("--inputs", help="an .npz file with image.*, state, tokenized_prompt, actions, noise, time, …")
-    parser.add_argument("--out", help="an .npz file for loss [B, H] and actions [B, H, A]")
+    parser.add_argument("checkpoint", nargs="?", default="demo", help="path for torchpi.load_model; default: demo")
+    parser.add_argument("--config", help="preset or JSON file, for checkpoints that do not state their sizes")
+    parser.add_argument("--inputs", help=".npz file with image.*, state, tokenized_prompt, actions, noise, time, …")
+    parser.add_argument("--out", help=".npz file for the results: loss [B, H] and actions [B, H, A]")
     args = parser.parse_args()
 
-    import torchpi  # reads the weights; everything else is above
+    import torchpi  # only to load the weights
 
     try:
         model = torchpi.load_model(args.checkpoint, config=args.config)

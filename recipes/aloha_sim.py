@@ -1,14 +1,15 @@
-"""π₀ on ALOHA's simulator (transfer a cube), with the hyper-parameters of openpi's config `pi0_aloha_sim`.
+"""π₀ on ALOHA's simulator (transfer a cube), with the hyperparameters of openpi's config `pi0_aloha_sim`.
 
     python recipes/aloha_sim.py --dataset DATASET --out run
     torchpi eval run/checkpoints/00020000/policy --env aloha_sim --tasks transfer_cube
 
-DATASET: LeRobot's format, a camera whose name ends in `cam_high`, observation.state [14], action [14] (absolute joint
-positions). The wrist cameras are optional, and the simulator has none. For lerobot/aloha_sim_transfer_cube_human, whose
-camera is `top`: --rename observation.images.top=observation.images.cam_high
+DATASET is in LeRobot's format, with a camera whose name ends in `cam_high`, observation.state [14] and action [14]
+(absolute joint positions). The wrist cameras are optional; the simulator has none. For
+lerobot/aloha_sim_transfer_cube_human, whose camera is `top`, add
+    --rename observation.images.top=observation.images.cam_high
 
-Differences from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are recomputed
-(--activation-checkpointing), which changes no number.
+Differences from the config: 2 % of the episodes are held out (disable with --holdout 0), and activation checkpointing
+is on (--activation-checkpointing), which does not change the numbers.
 """
 
 from torchpi.cli import train_recipe

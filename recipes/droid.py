@@ -1,20 +1,22 @@
-"""π₀.₅ on DROID, with the hyper-parameters of openpi's config `pi05_full_droid_finetune`.
+"""π₀.₅ on DROID, with the hyperparameters of openpi's config `pi05_full_droid_finetune`.
 
     torchrun --nproc-per-node 8 recipes/droid.py --dataset DATASET --out run --parallel fsdp
 
-DATASET: LeRobot's format, cameras whose names end in `exterior_image_1_left` and `wrist_image_left`, observation.state
-[8] (seven joints and the gripper), action [8] (velocities of the joints, position of the gripper) at 15 Hz. Frames at
-which the robot rests are left out, and the statistics are pi05_base's for DROID. For a set of openpi's converter, whose
-state is in two columns: --rename joint_position+gripper_position=observation.state actions=action
+DATASET is in LeRobot's format, at 15 Hz, with cameras whose names end in `exterior_image_1_left` and
+`wrist_image_left`, observation.state [8] (seven joints and the gripper) and action [8] (joint velocities, gripper
+position). Frames in which the robot is idle are skipped. The statistics are those of pi05_base for DROID. For a dataset
+made by openpi's converter, whose state has two columns, add
+    --rename joint_position+gripper_position=observation.state actions=action
 
-For little data of your own, begin with the published policy and its statistics, as the config `pi05_droid_finetune`:
+For a small dataset of your own, start from the published policy and its statistics, like the config
+`pi05_droid_finetune`:
     --init gs://openpi-assets/checkpoints/pi05_droid --batch-size 32 --num-steps 20000 --lr-schedule cosine
     --lr 2.5e-5 --decay-steps 30000
 
-Differences from the config: that one trains joint positions relative to the state, because simulators can execute
-them; here actions are velocities, as those of the published pi05_droid, and its horizon of 15 is taken instead of 16.
-Idle frames are found by the rule of `torchpi stats`, not by the config's list of frames. 2 % of the episodes are held
-out (--holdout 0: none), and activations are recomputed (--activation-checkpointing), which changes no number.
+Differences from the config: it trains joint positions relative to the state, because simulators can execute them; here
+actions are velocities, and the horizon is 15 instead of 16, as in the published pi05_droid. Idle frames are detected as
+in `torchpi stats` instead of taken from the config's list. 2 % of the episodes are held out (disable with --holdout 0),
+and activation checkpointing is on (--activation-checkpointing), which does not change the numbers.
 """
 
 from torchpi.cli import train_recipe

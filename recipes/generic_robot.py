@@ -1,15 +1,15 @@
-"""π₀.₅ on a robot of your own with LoRA, with the hyper-parameters of openpi's config `pi0_libero_low_mem_finetune`.
+"""π₀.₅ with LoRA on your own robot, with the hyperparameters of openpi's config `pi0_libero_low_mem_finetune`.
 
     python recipes/generic_robot.py --dataset DATASET --embodiment my_arm.json --out run
 
-DATASET: LeRobot's format. EMBODIMENT: a JSON file that says what the robot's cameras, state and actions are;
-docs/fine_tune.md shows one, and how to choose the statistics (--norm-stats). Copy this file for a recipe of your own.
+DATASET is in LeRobot's format. my_arm.json describes the robot's cameras, state and actions; docs/fine_tune.md shows
+one, and how to choose the statistics (--norm-stats). Copy this file to write your own recipe.
 
-To train all weights instead, as the config `pi05_aloha_pen_uncap` does:
+To train all weights instead, like the config `pi05_aloha_pen_uncap`:
     --finetune full --ema-decay 0.99 --batch-size 64 --num-steps 20000
 
-Differences from the config: π₀.₅ instead of π₀, 2 % of the episodes are held out (--holdout 0: none), and activations
-are recomputed (--activation-checkpointing), which changes no number.
+Differences from the config: π₀.₅ instead of π₀, 2 % of the episodes are held out (disable with --holdout 0), and
+activation checkpointing is on (--activation-checkpointing), which does not change the numbers.
 """
 
 from torchpi.cli import train_recipe

@@ -1,16 +1,17 @@
-"""π₀.₅ on LIBERO, with the hyper-parameters of openpi's config `pi05_libero`.
+"""π₀.₅ on LIBERO, with the hyperparameters of openpi's config `pi05_libero`.
 
     python recipes/libero.py --dataset DATASET --out run
     torchrun --nproc-per-node 8 recipes/libero.py --dataset DATASET --out run --parallel fsdp
 
-DATASET: LeRobot's format, cameras whose names end in `image` and `wrist_image`, observation.state [8], action [7]. The
-actions are LIBERO's own increments, and the state is in no prompt (discrete_state_input is false), as in the published
-pi05_libero. For openpi's own set, physical-intelligence/libero: --rename state=observation.state actions=action
+DATASET is in LeRobot's format, with cameras whose names end in `image` and `wrist_image`, observation.state [8] and
+action [7]. As in the published pi05_libero, the actions are LIBERO's own increments, and the prompt does not contain
+the state (discrete_state_input is false). For openpi's dataset physical-intelligence/libero add
+    --rename state=observation.state actions=action
 
-Differences from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are recomputed
-(--activation-checkpointing), which changes no number.
+Differences from the config: 2 % of the episodes are held out (disable with --holdout 0), and activation checkpointing
+is on (--activation-checkpointing), which does not change the numbers.
 
-Its LoRA variant has the flags of `pi0_libero_low_mem_finetune` (that one trains π₀):
+For LoRA, with the hyperparameters of `pi0_libero_low_mem_finetune` (which trains π₀):
     --finetune lora --ema-decay 0 --batch-size 32 --lr-schedule cosine --lr 2.5e-5 --warmup-steps 1000
 """
 

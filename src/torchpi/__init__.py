@@ -1,6 +1,6 @@
 """π₀ and π₀.₅ in plain PyTorch: run, trace, fine-tune, serve and evaluate them.
 
-The public names are resolved on first use, so that `import torchpi` costs nothing and the parts that need no torch
+Public names are imported on first use: `import torchpi` is cheap, and the modules that don't need torch
 (`torchpi.transforms`, `torchpi.robots`) work without it.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchpi.types import ActionChunk as ActionChunk
     from torchpi.types import Observation as Observation
 
-_HOME_OF = {
+_MODULES = {
     "ActionChunk": "torchpi.types",
     "Embodiment": "torchpi.robots",
     "GemmaConfig": "torchpi.config",
@@ -35,18 +35,19 @@ _HOME_OF = {
     "load_policy": "torchpi.policy",
 }
 
-__all__ = list(_HOME_OF)
+__all__ = list(_MODULES)
 
-# What `torchpi.model.masks.make_attn_mask` needs behind a bare `import torchpi`: the module that brings the others in.
-_BRINGS_IN = {"model": "torchpi.model.pi0", "transforms": "torchpi.transforms.pipeline"}
+# Submodules that import the others of their package, so that `torchpi.model.masks.make_attn_mask` works after a bare
+# `import torchpi`.
+_PACKAGE_ENTRY = {"model": "torchpi.model.pi0", "transforms": "torchpi.transforms.pipeline"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     if name.startswith("_") or importlib.util.find_spec(f"torchpi.{name}") is None:
         raise AttributeError(f"module 'torchpi' has no attribute {name!r}")
-    importlib.import_module(_BRINGS_IN.get(name, f"torchpi.{name}"))
+    importlib.import_module(_PACKAGE_ENTRY.get(name, f"torchpi.{name}"))
     return importlib.import_module(f"torchpi.{name}")
 
 

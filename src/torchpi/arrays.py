@@ -1,4 +1,4 @@
-"""Arrays from files that users hand over; nothing is ever unpickled."""
+"""Read .npz and .npy files from users, without ever unpickling."""
 
 import pathlib
 import zipfile
@@ -14,12 +14,15 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise MissingFileError(f"There is no file {path}.")
     try:
         if not zipfile.is_zipfile(path):
-            raise UsageError("It is no zip file.")
+            raise UsageError("It is not a zip file.")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-        hint = "np.savez(PATH, **torchpi.robots.flatten(observation)) saves a nested observation, by its joined keys."
-        hint = f". {hint}" if "Object arrays" in str(error) else ""
+        hint = ""
+        if "Object arrays" in str(error):
+            hint = (
+                ". np.savez(PATH, **torchpi.robots.flatten(observation)) saves a nested observation, with joined keys."
+            )
         raise UsageError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}{hint}") from error
 
 

@@ -1,6 +1,6 @@
-"""The sizes of a model: frozen dataclasses, and the presets by name.
+"""Model configs as frozen dataclasses, and presets by name.
 
-Sizes of the published models: the variants of openpi's `gemma.get_config` and SigLIP's So400m/14.
+The sizes of the published models are those of openpi's `gemma.get_config` and SigLIP's So400m/14.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from torchpi.errors import ConfigError, listed
 from torchpi.schema import parse, read_json_object
 
-# The default of a field that follows from another one (openpi: max_token_len = 200 if pi05 else 48). It is replaced in
-# __post_init__, so that nobody ever reads it; None is taken: it means "not known" (see Pi0Config).
+# Default of fields that depend on pi05 (openpi: max_token_len = 200 if pi05 else 48). __post_init__ replaces it. It
+# can't be None, which means "unset" (see Pi0Config).
 _FOLLOWS_VARIANT: Any = "follows pi05"
 
 
-# Far above any model's: a file of a stranger must not ask for more memory and time than there are.
+# Far larger than in any model, so that an untrusted file can't exhaust memory.
 MAX_SIZES: Mapping[str, int] = {
     "action_dim": 4096, "action_horizon": 4096, "max_token_len": 16_384, "vocab_size": 1 << 22, "image_size": 4096,
     "width": 65_536, "depth": 512, "mlp_dim": 1 << 19, "num_heads": 1024, "num_kv_heads": 1024, "head_dim": 8192,
@@ -26,8 +26,7 @@ MAX_SIZES: Mapping[str, int] = {
 
 
 def _require_types(config: Any) -> None:
-    """Raise an error unless a config's numbers are positive integers that a model may have, and None stands only where
-    it may."""
+    """Raise a ConfigError unless each field has its type, and integers are positive and at most `MAX_SIZES`."""
     for field in dataclasses.fields(config):
         value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
         if value is None and field.type in (int | None, bool | None):
@@ -44,20 +43,20 @@ def _require_types(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """One Gemma stack: the backbone or the action expert."""
+    """Sizes of a Gemma stack: the backbone or the action expert."""
 
     width: int
-    """D (backbone) or d (expert): the residual stream's width."""
+    """D (backbone) or d (expert): width of the residual stream."""
     depth: int
     """Number of layers."""
     mlp_dim: int
     """Hidden width of the GeGLU feed-forward."""
     num_heads: int
-    """Q: query heads."""
+    """Q: number of query heads."""
     num_kv_heads: int
-    """G: key/value heads; num_heads must be a multiple."""
+    """G: number of key/value heads, a divisor of num_heads."""
     head_dim: int
-    """K: width of one head; even, because RoPE rotates halves against each other."""
+    """K: width of a head; even, because RoPE rotates pairs of dimensions."""
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -69,7 +68,7 @@ class GemmaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The SigLIP vision tower."""
+    """Sizes of the SigLIP vision tower."""
 
     width: int
     """Width of the ViT."""
@@ -78,11 +77,11 @@ class VisionConfig:
     mlp_dim: int
     """Hidden width of the MLP."""
     num_heads: int
-    """Attention heads; width must be a multiple."""
+    """Number of attention heads, a divisor of width."""
     patch: int = 14
     """Side of a square patch in pixels."""
     position: Literal["learned", "sincos2d"] = "learned"
-    """Position embedding: a learned table (what the published weights have) or the fixed 2-D sinusoid."""
+    """Position embedding: learned (as in the published weights) or fixed 2-D sinusoidal."""
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -120,32 +119,33 @@ def _variant(value: str | _Part, variants: Mapping[str, _Part], field: str) -> _
 
 @dataclasses.dataclass(frozen=True)
 class Pi0Config:
-    """Everything that decides the shapes of a π₀ or π₀.₅ model.
+    """Sizes and input format of a π₀ or π₀.₅ model.
 
-    `action_horizon`, `max_token_len` and `discrete_state_input` may be None: "this checkpoint does not say". An openpi
-    JAX checkpoint holds them in no array. What needs an unset value asks for it with `require`.
+    `action_horizon`, `max_token_len` and `discrete_state_input` are None (unset) if a checkpoint does not say them; an
+    openpi JAX checkpoint does not. Code that needs one of them calls `require`.
     """
 
     pi05: bool = False
-    """π₀.₅ (time through AdaRMSNorm, state in the prompt) or π₀ (state token, time mixed into the actions)."""
+    """True for π₀.₅ (time through AdaRMSNorm, state in the prompt), False for π₀ (state token, time mixed into the
+    action tokens)."""
     paligemma_variant: str | GemmaConfig = "gemma_2b"
-    """The backbone, by name or as sizes."""
+    """Backbone, as variant name or sizes."""
     action_expert_variant: str | GemmaConfig = "gemma_300m"
-    """The action expert; its depth, heads and head_dim equal the backbone's, whose keys and values it reads."""
+    """Action expert, as variant name or sizes; depth, heads and head_dim must equal the backbone's."""
     action_dim: int = 32
-    """A: width of state and actions inside the model; narrower robots are padded with zeros."""
+    """A: width of state and actions in the model; narrower ones are padded with zeros."""
     action_horizon: int | None = 50
-    """H: actions in a chunk."""
+    """H: number of actions in a chunk."""
     max_token_len: int | None = _FOLLOWS_VARIANT
-    """L: prompt tokens, padded or cut to this length; by default 200 for π₀.₅, 48 for π₀."""
+    """L: number of prompt tokens after padding or cutting; by default 200 for π₀.₅, 48 for π₀."""
     discrete_state_input: bool | None = _FOLLOWS_VARIANT
-    """The prompt carries the state as text; by default only π₀.₅'s does (pi05_libero is the exception)."""
+    """The prompt contains the state as text; by default True for π₀.₅ only (pi05_libero is an exception)."""
     siglip_variant: str | VisionConfig = "so400m/14"
-    """The vision tower, by name or as sizes."""
+    """Vision tower, as variant name or sizes."""
     vocab_size: int = 257_152
-    """Rows of the token embedding."""
+    """Number of rows of the token embedding."""
     image_size: int = 224
-    """Side of the square images that the model sees, a multiple of the patch."""
+    """Side of the model's square images in pixels, a multiple of the patch size."""
 
     def __post_init__(self) -> None:
         if self.max_token_len is _FOLLOWS_VARIANT:
@@ -183,46 +183,46 @@ class Pi0Config:
 
     @property
     def num_patches(self) -> int:
-        """P: tokens of one camera."""
+        """P: number of patch tokens per camera."""
         return (self.image_size // self.siglip.patch) ** 2
 
     @property
     def state_in_prompt(self) -> bool:
-        """The prompt carries the state as text; the variant decides where `discrete_state_input` is unset."""
+        """Whether the prompt contains the state as text; depends on the variant if `discrete_state_input` is unset."""
         return self.pi05 if self.discrete_state_input is None else self.discrete_state_input
 
     @property
     def chunk_shape(self) -> tuple[int, int]:
-        """[H, A], of a chunk inside the model and its noise; a ValueError where the horizon is unset."""
+        """Shape [H, A] of a normalized chunk and its noise; raises a ValueError if the horizon is unset."""
         return self.require("action_horizon"), self.action_dim
 
     def require(self, field: Literal["action_horizon", "max_token_len", "discrete_state_input"]) -> Any:
-        """The value of a field that a checkpoint may have left unset, which is an error then."""
+        """Return a field that may be unset, or raise a ConfigError."""
         value = getattr(self, field)
         if value is None:
             raise ConfigError(
-                f"The model's {field} is not set: this checkpoint does not say it, and this call needs it. Load it "
+                f"The model's {field} is not set: this checkpoint does not say it, but this call needs it. Load it "
                 f'with config=: a Pi0Config, a JSON file such as {{"{field}": …}}, or the name of a preset '
                 f"({', '.join(PRESETS)})."
             )
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON schema that `from_dict` reads; variants are written out as sizes."""
+        """Convert to JSON values, which `from_dict` reads; variants are written as sizes."""
         sizes = {name: value for name, value in vars(self).items() if not name.endswith("_variant")}
         return sizes | {part: dataclasses.asdict(getattr(self, part)) for part in _PARTS}
 
     @classmethod
     def from_dict(cls, values: Any, base: "Pi0Config | None" = None, *, where: str = "model config") -> "Pi0Config":
-        """Build a config from (part of) the schema of `to_dict`.
+        """Build a config from the JSON object of `to_dict`, or part of it.
 
         Args:
-            values: the JSON object. paligemma, action_expert and siglip may be partial too, or a variant's name.
-            base: where absent fields come from; without it, this class's defaults.
-            where: the document's name, in front of messages.
+            values: JSON object; paligemma, action_expert and siglip may be partial too, or a variant's name.
+            base: config that supplies absent fields; by default this class's defaults.
+            where: name of the document, for messages.
 
         Raises:
-            ValueError: unknown field, wrong type, or sizes that do not fit together; the message names the field.
+            ValueError: unknown field, wrong type, or sizes that don't fit together; the message names the field.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where} must be an object, found {type(values).__name__}.")
@@ -237,7 +237,7 @@ class Pi0Config:
             else:
                 document[name] = value
         for part in _PARTS.keys() - given.keys():
-            if f"{part}_variant" in values:  # with the sizes it is a note; alone it is meant to be read
+            if f"{part}_variant" in values:  # ignored beside the sizes, but not instead of them
                 raise ConfigError(
                     f"{where}: '{part}_variant' is not read; write {part!r} instead, with a variant's name or an "
                     "object of sizes."
@@ -251,7 +251,7 @@ class Pi0Config:
 
     @classmethod
     def from_json(cls, path: str | pathlib.Path) -> "Pi0Config":
-        """Read a config file in the schema of `to_dict`; arguments and errors as of `from_dict`."""
+        """Read a JSON config file; see `from_dict` for its contents and errors."""
         return cls.from_dict(read_json_object(path), where=str(path))
 
 
@@ -276,11 +276,11 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "action_expert": GEMMA_VARIANTS,
     "siglip": VISION_VARIANTS,
 }
-# Written with the sizes by the tools that make such files; the weights state all of it more reliably.
+# Ignored: written beside the sizes by tools that make such files, and known more reliably from the weights.
 _NOT_SIZES = frozenset({"dtype", "num_params", "paligemma_variant", "action_expert_variant", "lora", "num_lora_params"})
 
 _PI0, _PI05 = Pi0Config(), Pi0Config(pi05=True)
-# Small enough to be trained on a laptop's CPU within an hour: the embedded policy.
+# Size of the embedded demo policy, which a laptop CPU can train within an hour.
 _TINY = Pi0Config(
     pi05=True,
     paligemma_variant="tiny_backbone",
@@ -297,7 +297,7 @@ PRESETS: Mapping[str, Pi0Config] = {
     "pi05": _PI05,
     "tiny": _TINY,
     "tiny_pi0": dataclasses.replace(_TINY, pi05=False, discrete_state_input=False),
-    # The published checkpoints, whose arrays hold neither horizon nor prompt format (openpi's training configs).
+    # Published checkpoints; their arrays don't contain horizon and prompt format, which are from openpi's configs.
     "pi0_base": _PI0,
     "pi05_base": _PI05,
     "pi0_aloha_towel": _PI0,
@@ -317,34 +317,34 @@ def preset(name: str) -> Pi0Config:
 
 
 Finetune = Literal["full", "frozen_vision", "expert", "lora", "lora_strict"]
-"""Parameters that a training changes, see `model.lora.trainable_parameters`."""
+"""Which parameters to train, see `model.lora.trainable_parameters`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Places and strength of the low-rank matrices. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
+    """Position, rank and scale of the LoRA matrices. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
 
     backbone_rank: int = 16
-    """Rank of the LoRA matrices in the backbone; 0: none there."""
+    """Rank in the backbone; 0: no LoRA there."""
     backbone_alpha: float = 16.0
     """The backbone's attention update is scaled by alpha / rank."""
     expert_rank: int = 32
-    """Rank of the LoRA matrices in the action expert; 0: none there."""
+    """Rank in the action expert; 0: no LoRA there."""
     expert_alpha: float = 32.0
     """The expert's attention update is scaled by alpha / rank."""
     attention: bool = True
-    """At the queries, keys, values and output projections."""
+    """Add LoRA to query, key, value and output projections."""
     feed_forward: bool = True
-    """At the feed-forwards' matrices."""
+    """Add LoRA to the feed-forward layers."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if name.endswith("_rank") and not (number and isinstance(value, int) and value >= 0):
-                raise ConfigError(f"LoraConfig.{name} must be a whole number from 0 on, got {value!r}.")
-            if name.endswith("_alpha") and not (number and value > 0):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if name.endswith("_rank") and not (is_number and isinstance(value, int) and value >= 0):
+                raise ConfigError(f"LoraConfig.{name} must be a non-negative integer, got {value!r}.")
+            if name.endswith("_alpha") and not (is_number and value > 0):
                 raise ConfigError(f"LoraConfig.{name} must be a positive number, got {value!r}.")
             if name in ("attention", "feed_forward") and not isinstance(value, bool):
                 raise ConfigError(f"LoraConfig.{name} must be true or false, got {value!r}.")
         if not (self.backbone_rank or self.expert_rank) or not (self.attention or self.feed_forward):
-            raise ConfigError(f"{self} is no LoRA at all; one rank, and attention or feed_forward, must be set.")
+            raise ConfigError(f"{self} adds no LoRA; set at least one rank, and attention or feed_forward.")

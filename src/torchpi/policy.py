@@ -1,4 +1,4 @@
-"""A policy: a robot's observation in, a chunk of the robot's actions out."""
+"""Policies: from a robot's observation to a chunk of the robot's actions."""
 
 import dataclasses
 import pathlib
@@ -44,7 +44,7 @@ EngineMode = Literal["auto", "eager", "compiled", "graph"]
 
 
 class Policy:
-    """A model with everything around it: embodiment, normalization, prompt, and the way back to the robot's units."""
+    """A model with its embodiment, normalization and tokenizer: observations in, actions in the robot's units out."""
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class Policy:
         metadata: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put a policy together.
+        """Assemble a policy.
 
         Args:
             norm_stats: statistics of "state" and "actions".
-            normalization: the rule for "state" and for "actions"; by default openpi's, which follows the variant.
-            tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
+            normalization: rules for "state" and "actions"; by default openpi's, which depend on the variant.
+            tokenizer: a SentencePiece model or tokenizer.json; the file is saved with the policy.
             default_prompt: for requests without a prompt; by default the embodiment's.
-            prompt_format, truncation, prompt_state_dim, image_transform: of prompt and images, see `Transforms`.
-            num_steps: Euler steps of an inference that does not ask for another number.
-            metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway. A key of what the embodiment
-                and the model say is an error.
+            prompt_format, truncation, prompt_state_dim, image_transform: see `Transforms`.
+            num_steps: default number of Euler steps.
+            metadata: free metadata for clients, in addition to the embodiment's; it must not repeat a key that the
+                embodiment or the model sets.
             provenance: where the weights come from.
 
         Raises:
@@ -82,8 +82,7 @@ class Policy:
             ValueError: the parts do not fit together.
         """
         self.model, self.embodiment = model, embodiment
-        self.engine: InferenceEngine | None = None
-        """Engine that samples in place of the model; None: the model samples. Set by `use_engine`."""
+        self.engine: InferenceEngine | None = None  # set by `use_engine`
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
         self.num_steps, self.provenance = num_steps, dict(provenance or {})
         self._metadata = dict(metadata or {})
@@ -93,7 +92,7 @@ class Policy:
         self.transforms = Transforms(
             norm_stats, normalization or openpi_rules(config.pi05),
             tokenizer=load_tokenizer(self._tokenizer_path), discrete_state_input=config.state_in_prompt,
-            max_token_len=config.max_token_len,  # None, where a checkpoint does not say it: the prompt is not cut
+            max_token_len=config.max_token_len,  # None if the checkpoint doesn't say: the prompt is not cut
             action_dim=config.action_dim,
             image_size=(config.image_size, config.image_size), image_transform=image_transform,
             prompt_format=prompt_format, truncation=truncation, trained_action_dim=model.trained_action_dim,
@@ -104,7 +103,7 @@ class Policy:
         self._state_dim = state_dim_of(embodiment, norm_stats["state"].dim, config.action_dim)
         num_tokens = self.transforms.tokenizer.vocab_size
         check_sizes(embodiment, norm_stats["actions"].dim, config, self._tokenizer_path, num_tokens)
-        self.transforms.warn_of_untrained()
+        self.transforms.warn_about_untrained_actions()
 
     def infer(
         self,
@@ -119,36 +118,36 @@ class Policy:
         delay: int | np.integer = 0,
         execution_horizon: int | np.integer | None = None,
     ) -> ActionChunk:
-        """One observation to one action chunk.
+        """Compute an action chunk for one observation.
 
         Args:
-            observation: the robot's own keys, as the embodiment says; `example_observation` shows one.
+            observation: in the format of the robot, see `example_observation`.
             noise: [H, action_dim], x at t = 1, or with `num_samples` [N, H, action_dim]; by default drawn with
                 `generator`.
-            num_steps: Euler steps; by default the policy's, which are 10 unless it says otherwise.
-            num_samples: N chunks for the observation, which share the work on its images and its prompt.
-            pick: the choice among them, see `samples.Pick`; by default "consensus".
-            action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
-                observation's moment on: the new chunk continues it (real-time chunking, see `model.rtc`). Delta
-                actions are recomputed relative to the new state.
-            delay: number of these that will have been executed when the new chunk arrives; it repeats them.
-            execution_horizon: number of steps executed since the inference of that chunk; by default H − k.
+            num_steps: Euler steps; by default the policy's (usually 10).
+            num_samples: N, number of chunks to sample; they share the work on images and prompt.
+            pick: how to choose among the N chunks, see `samples.Pick`; by default "consensus".
+            action_prefix: [k, a] in the robot's units: the actions of the previous chunk that are still to be executed
+                at the time of the observation. The new chunk continues them (real-time chunking, see `model.rtc`).
+                Delta actions are recomputed relative to the new state.
+            delay: number of these actions that will have been executed when the new chunk arrives; it repeats them.
+            execution_horizon: number of steps executed since the inference of the previous chunk; by default H − k.
 
         Returns:
-            "actions" float32 [H, a] in the robot's units, finite and within its limits, "policy_timing" in
-            milliseconds, and where there are some "actions_clipped" and "prompt_tokens_cut", see `ActionChunk`. With
-            `num_samples` also "samples" [N, H, a], and their spread "action_std" [H, a] and "uncertainty".
+            "actions" float32 [H, a] in the robot's units, finite and within its limits; "policy_timing" in
+            milliseconds; "actions_clipped" and "prompt_tokens_cut" if anything was clipped or cut. With `num_samples`
+            also "samples" [N, H, a] and their spread, "action_std" [H, a] and "uncertainty". See `ActionChunk`.
 
         Raises:
             KeyError: a camera or a part of the state is missing or unknown.
-            ActionError: the actions of a sample are not finite, or beyond limits that the embodiment refuses.
-            ValueError: anything else about the observation or the arguments that is not as expected.
+            ActionError: actions are not finite, or exceed limits that the embodiment enforces by refusing the chunk.
+            ValueError: any other problem of the observation or the arguments.
         """
         noises = None if noise is None else finite_noise(noise, self.model.config, num_samples)[None]
         if action_prefix is None and (delay != 0 or execution_horizon is not None):
-            given = f"delay {delay!r} and execution_horizon {execution_horizon!r}"
             raise PolicyError(
-                f"infer got {given} without an action_prefix; pass what is left of the chunk, or neither."
+                f"infer got delay {delay!r} and execution_horizon {execution_horizon!r} without an action_prefix; "
+                "pass the remaining actions of the previous chunk as action_prefix, or neither argument."
             )
         prefix = None if action_prefix is None else PreviousChunk(action_prefix, delay, execution_horizon)
         return self.infer_batch(
@@ -156,7 +155,7 @@ class Policy:
             prefixes=[prefix],
         )[0]  # fmt: skip
 
-    @torch.inference_mode(False)  # guidance needs gradients, also for callers in inference mode
+    @torch.inference_mode(False)  # guidance needs gradients even if the caller is in inference mode
     def infer_batch(
         self,
         observations: Sequence[Mapping[str, Any]],
@@ -168,18 +167,18 @@ class Policy:
         generator: torch.Generator | None = None,
         prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
-        """Several observations, independent of each other, in one pass; errors as `infer`.
+        """Compute action chunks for several independent observations in one pass; errors as in `infer`.
 
         Args:
             noise: [B, H, action_dim], or with `num_samples` [B, N, H, action_dim].
-            prefixes: for each observation the previous chunk that it continues, or None.
+            prefixes: for each observation the previous chunk to continue, or None.
         """
         start = time.perf_counter()
         if not observations:
             raise PolicyError("infer_batch got no observations; it needs at least one.")
         prefixes = checked_arguments(prefixes, generator, count=len(observations))
         requests = [
-            # Converted as in training: relative to the new state, and normalized.
+            # The previous actions are converted as in training: relative to the new state, and normalized.
             observation if prefix is None else {**observation, "actions": prefix.actions}
             for observation, prefix in zip(observations, prefixes, strict=True)
         ]
@@ -190,7 +189,8 @@ class Policy:
             noise = finite_noise(noise, self.model.config, num_samples, batch=(len(samples),))
             noise_tensor = torch.from_numpy(noise.reshape(len(samples), -1, *noise.shape[-2:])).to(self.model.device)
         steps = self.num_steps if num_steps is None else num_steps
-        steps = int(steps) if isinstance(steps, np.integer) else steps
+        if isinstance(steps, np.integer):
+            steps = int(steps)
         pick = checked_pick(pick, num_samples, steps)
         prepared = time.perf_counter()
         rtc: dict[str, Any] = {}
@@ -203,9 +203,9 @@ class Policy:
         rtc |= {"noise": noise_tensor, "num_steps": steps, "generator": generator}
         sampled = self._sample(batch, num_samples, **rtc)
         chunks = sampled.actions.cpu().numpy()  # waits for the device
-        bends = [None] * len(chunks) if sampled.residual is None else sampled.residual.cpu().numpy()
+        residuals = [None] * len(chunks) if sampled.residual is None else sampled.residual.cpu().numpy()
         inferred = time.perf_counter()
-        answers = [self._answer(pick, *each) for each in zip(chunks, bends, states, observations, strict=True)]
+        answers = [self._answer(pick, *args) for args in zip(chunks, residuals, states, observations, strict=True)]
         timing = {
             "preprocess_ms": 1e3 * (prepared - start),
             "infer_ms": 1e3 * (inferred - prepared),
@@ -215,49 +215,45 @@ class Policy:
 
     def _sample(self, batch: Observation, num_samples: Any, *, noise: torch.Tensor | None, **rtc: Any) -> Samples:
         inputs, sampler = batch if self.engine else batch.to(self.model.device), self.engine or self.model
-        with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
+        with torch.autocast(self.model.device.type, enabled=False):  # the policy's own dtype applies
             if num_samples is not None:
                 return sampler.sample_many(inputs, noise=noise, num_samples=int(num_samples), **rtc)
             noise = None if noise is None else noise[:, 0]
             return Samples(sampler.sample_actions(inputs, noise=noise, **rtc)[:, None], None)
 
     def prepare(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-        """One observation to the model's inputs.
-
-        Returns:
-            The state [s] in the model's units, to which delta actions refer; and the inputs without batch axis, see
-            `Transforms.forward`.
-        """
+        """Convert one observation to the model's inputs, see `Transforms.forward`; also return the state [s] in the
+        model's units, to which delta actions are relative."""
         sample = self.embodiment.to_model(observation, default_prompt=self.default_prompt, state_dim=self._state_dim)
         return sample["state"], self.transforms.forward(sample)
 
-    def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, int]:
-        actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
-        return within_limits(self.embodiment.from_model(actions, state), self.embodiment)
-
     def _answer(
-        self, pick: Pick | None, chunks: np.ndarray, bends: np.ndarray | None, state: np.ndarray, observation: Any
+        self, pick: Pick | None, chunks: np.ndarray, residuals: np.ndarray | None, state: np.ndarray, observation: Any
     ) -> tuple[np.ndarray, int, dict[str, Any]]:
-        """One observation's actions in the robot's units, the number of clipped values, and with `pick` its samples."""
-        robot = [self._to_robot(chunk, state) for chunk in chunks]
+        """Return the actions in the robot's units, the number of clipped values, and with `pick` the sample fields."""
+        robot_chunks = []
+        for chunk in chunks:
+            actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
+            robot_chunks.append(within_limits(self.embodiment.from_model(actions, state), self.embodiment))
         if pick is None:
-            return *robot[0], {}
-        real = min(self.embodiment.action_size, self.model.trained_action_dim)  # the others are padding or noise
-        bends = None if bends is None else bends[..., :real]
-        kind, samples = self.transforms.normalization["actions"].kind, np.stack([actions for actions, _ in robot])
-        about = choose(pick, samples, chunks[..., :real], bends, kind=kind, observation=observation)
-        return *robot[about["sample_index"]], about
+            return *robot_chunks[0], {}
+        num_dims = min(self.embodiment.action_size, self.model.trained_action_dim)  # the others are padding or noise
+        residuals = None if residuals is None else residuals[..., :num_dims]
+        samples = np.stack([actions for actions, _ in robot_chunks])
+        kind = self.transforms.normalization["actions"].kind
+        fields = choose(pick, samples, chunks[..., :num_dims], residuals, kind=kind, observation=observation)
+        return *robot_chunks[fields["sample_index"]], fields
 
     def use_engine(self, mode: EngineMode, **settings: Any) -> None:
-        """Sample with an engine from here on; the model's weights must not change any more.
+        """Select the inference engine. The model's weights must not change afterwards.
 
         Args:
-            mode: "eager": the plain model, without an engine; "compiled"; "graph", which needs a CUDA device; "auto":
-                "graph" on such a device, and otherwise "eager".
+            mode: "eager" (the plain model, no engine), "compiled", "graph" (needs a CUDA device), or "auto" ("graph"
+                on a CUDA device, otherwise "eager").
             settings: arguments of `InferenceEngine`.
 
         Raises:
-            ValueError: the mode is unknown, or does not run on the model's device.
+            ValueError: the mode is unknown, or not supported on the model's device.
         """
         if mode not in get_args(EngineMode):
             raise PolicyError(f"Unknown engine {mode!r}; expected one of {', '.join(get_args(EngineMode))}.")
@@ -266,8 +262,8 @@ class Policy:
         self.engine = None if mode == "eager" else InferenceEngine(self.model, mode=mode, **settings)
 
     def example_observation(self, *, deviations: float = 0.0) -> dict[str, Any]:
-        """A valid request with made-up contents; its state is the mean of the training data, within their range, or
-        some standard deviations above it."""
+        """Build a valid request with made-up contents; the state is the training mean plus `deviations` standard
+        deviations, clipped to the training range."""
         stats, rule = self.transforms.norm_stats["state"], self.transforms.normalization["state"]
         state = np.clip(stats.mean + deviations * stats.std, *stats.training_range(rule.kind))[: self._state_dim]
         return self.embodiment.example_observation(state_dim=self._state_dim, state=state)
@@ -283,7 +279,7 @@ class Policy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Facts for clients: the format of observations, names, limits and ranges of actions, rates."""
+        """Information for clients: observation format, names, limits and ranges of actions, control rate, and more."""
         config = self.model.config
         return {
             "embodiment": self.embodiment.name,
@@ -306,16 +302,16 @@ class Policy:
         }
 
     def _action_range(self) -> dict[str, list[float]]:
-        """Training range of the actions, in the robot's units; a delta's is that of the state and its own together."""
+        """Training range of the actions in the robot's units; for delta actions, state range plus delta range."""
         stats, size = self.transforms.norm_stats, self.embodiment.action_size
-        low, high = (end[:size].copy() for end in stats["actions"].training_range())
+        low, high = (bound[:size].copy() for bound in stats["actions"].training_range())
         state_low, state_high = stats["state"].training_range()
         for i, is_delta in enumerate(self.embodiment.action_mask):
             if is_delta:
                 low[i], high[i] = low[i] + state_low[i], high[i] + state_high[i]
-        # Deltas refer to the state 0 here; a hook may turn an axis round.
-        ends = self.embodiment.from_model(np.stack([low, high]), np.zeros(self._state_dim))
-        return {"low": ends.min(axis=0).tolist(), "high": ends.max(axis=0).tolist()}
+        # The deltas are relative to state 0 here. The hook may flip the sign of a dimension, hence min and max.
+        bounds = self.embodiment.from_model(np.stack([low, high]), np.zeros(self._state_dim))
+        return {"low": bounds.min(axis=0).tolist(), "high": bounds.max(axis=0).tolist()}
 
     def save(
         self,
@@ -325,15 +321,15 @@ class Policy:
         dtype: torch.dtype | None = None,
         max_shard_bytes: int | None = None,
     ) -> None:
-        """Write a policy folder, which needs nothing else, atomically.
+        """Save the policy as a self-contained folder, atomically.
 
         Args:
-            overwrite: replace a policy folder that is there.
-            dtype: of the weights on disk; by default their own.
-            max_shard_bytes: above it the weights are written in shards; None: never.
+            overwrite: replace an existing policy folder.
+            dtype: dtype of the weights on disk; by default the model's.
+            max_shard_bytes: split larger weights into shards of this size; None: a single file.
 
         Raises:
-            ValueError: something is at the path already, and it is no policy folder or `overwrite` is not set.
+            ValueError: the path exists, and is not a policy folder or `overwrite` is not set.
         """
         with atomic_folder(folder.check_target(path, overwrite=overwrite)) as root:
             self.write_spec(root)
@@ -341,16 +337,16 @@ class Policy:
 
     @classmethod
     def from_pretrained(cls, address: str | pathlib.Path, *, revision: str | None = None, **options: Any) -> "Policy":
-        """Load a policy by `load_policy`, whose arguments are the `options`; ORG/NAME, if there is no such folder, is
-        hf://ORG/NAME, of a branch, tag or commit `revision`."""
+        """Load a policy with `load_policy(address, **options)`; ORG/NAME, unless there is such a folder, means
+        hf://ORG/NAME at the branch, tag or commit `revision`."""
         return load_policy(hub_address(address, revision), **options)
 
-    save_pretrained = save  # by its name in transformers and LeRobot
+    save_pretrained = save  # the name in transformers and LeRobot
     push_to_hub = push_to_hub
     fingerprint = folder.fingerprint
 
     def write_spec(self, root: pathlib.Path) -> None:
-        """Write the files of a policy folder into a folder that is there, without the weights."""
+        """Write the files of a policy folder, without the weights, into an existing folder."""
         folder.write_policy_file(root, self.model, self.spec)
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
         self.write_tokenizer(root)
@@ -374,7 +370,7 @@ class Policy:
         )
 
     def write_tokenizer(self, root: pathlib.Path) -> None:
-        """Write the tokenizer into a folder, as tokenizer.model or tokenizer.json."""
+        """Write tokenizer.model or tokenizer.json into a folder."""
         is_json = self._tokenizer_bytes.lstrip().startswith(b"{")
         (root / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(self._tokenizer_bytes)
 
@@ -399,30 +395,31 @@ def load_policy(
     emulate_fp8: bool = False,
     verify: bool = True,
 ) -> Policy:
-    """Load a policy folder or a LeRobot policy, which say everything themselves, or an openpi checkpoint.
+    """Load a policy folder, a LeRobot policy or an openpi checkpoint.
 
-    The arguments say what the checkpoint does not, and overrule what it does.
+    Policy folders and LeRobot policies are complete. For an openpi checkpoint the arguments supply what it lacks; for
+    all formats they override what the checkpoint says.
 
     Args:
         path: a folder, see `load_model`; an address hf://… or gs://…, see `checkpoints.hub.fetch`; or "demo". The
-            address of a published openpi checkpoint implies robot and config.
-        config: a Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset.
-        embodiment: a name ("aloha", "droid", "libero", or that of a published policy), a JSON file, or an Embodiment.
-        normalization: by default the checkpoint's; where it states none, z_score for π₀ and quantile for π₀.₅.
-        norm_stats: a norm_stats.json, or the folder with it.
-        asset_id: of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
+            address of a published openpi checkpoint implies embodiment and config.
+        config: a Pi0Config, a dict of its fields or a JSON file (both may be partial), or the name of a preset.
+        embodiment: a name ("aloha", "droid", "libero", or a published policy's), a JSON file, or an Embodiment.
+        normalization: by default the checkpoint's; if it states none, z_score for π₀ and quantile for π₀.₅.
+        norm_stats: a norm_stats.json, or the folder that contains it.
+        asset_id: selects assets/<id>/norm_stats.json of the checkpoint; by default the embodiment's, or the only one.
         tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models'.
         default_prompt: for requests without a prompt.
-        truncation: of prompts that are too long: "instruction" (shorten it) or "original" (cut the end).
-        preprocessing: the program as which images are resized and the state is written into the prompt: "openpi",
-            "lerobot" (0.5 and later) or "lerobot_0.4"; by default that of the training, as far as the checkpoint says.
+        truncation: how to cut prompts that are too long: "instruction" (shorten it) or "original" (cut the end).
+        preprocessing: whose image resizing and state prompt to use: "openpi", "lerobot" (0.5 and later) or
+            "lerobot_0.4"; by default what the policy was trained with, if the checkpoint says.
         device: by default a CUDA device if there is one, else the CPU.
-        dtype: of the weights and the computation; by default bfloat16 on a CUDA device that has it, or else float32.
+        dtype: dtype of weights and computation; by default bfloat16 on a CUDA device with support, else float32.
         lora_alpha, embedding, emulate_fp8, verify, engine: see `load_model` and `Policy.use_engine`.
 
     Raises:
-        FileNotFoundError, KeyError: there is nothing at one of the paths; unknown embodiment.
-        ValueError: something is neither in the checkpoint nor among the arguments, contradictory, or corrupt.
+        FileNotFoundError, KeyError: a path does not exist; unknown embodiment.
+        ValueError: something is missing in both checkpoint and arguments, contradictory, or corrupt.
     """
     device = usable_device(device)
     check_device(engine, device)
@@ -444,5 +441,5 @@ def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     assert spec.tokenizer is not None
-    others = ("source", "assets", "is_policy_folder", "unstated")
-    return Policy(model, **{name: value for name, value in vars(spec).items() if name not in others})
+    not_arguments = ("source", "assets", "is_policy_folder", "unstated")
+    return Policy(model, **{name: value for name, value in vars(spec).items() if name not in not_arguments})

@@ -1,4 +1,4 @@
-"""Success rates of evaluations, with their confidence intervals."""
+"""Success rates with confidence intervals."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ class Rate:
     """A success rate with its confidence interval."""
 
     success_rate: float
-    """0 to 1."""
+    """From 0 to 1."""
     interval: tuple[float, float]
     """Wilson's 95 % interval."""
     episodes: int
 
     @classmethod
     def of(cls, successes: int, episodes: int) -> "Rate":
-        """The rate of so many successful episodes."""
+        """Compute rate and interval from counts."""
         return cls(successes / episodes, wilson_interval(successes, episodes), episodes)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Rate":
-        """The rate in a document of `torchpi eval --json`; a KeyError, TypeError or ValueError where it has none."""
+        """Parse an entry of `torchpi eval --json`; raises KeyError, TypeError or ValueError if it is malformed."""
         low, high = map(float, entry["interval"])
         return cls(float(entry["success_rate"]), (low, high), int(entry["episodes"]))
 
@@ -35,18 +35,22 @@ class Rate:
 
 
 def rates_of(results: Any, where: str) -> dict[str, Rate]:
-    """Success rates by task in what `torchpi eval --env … --json` printed; `where` begins the error about another."""
+    """Parse the success rates per task from the output of `torchpi eval --json`.
+
+    Args:
+        where: name of the document, for the error message.
+    """
     try:
         return {task: Rate.from_json(entry) for task, entry in results["tasks"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{where} is not what `torchpi eval --json` prints: expected tasks, by name, each with success_rate, "
+            f"{where} is not an output of `torchpi eval --json`: expected tasks by name, each with success_rate, "
             f"interval and episodes ({type(error).__name__}: {error})."
         ) from error
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a success rate, within 0 and 1.
+    """Wilson's 95 % confidence interval of a success rate, clipped to [0, 1].
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
     """
@@ -54,5 +58,5 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     rate, spread = successes / episodes, z * z / episodes
     centre = (rate + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / episodes + spread / episodes / 4)
-    # At 0 and 1 the ends are exact, rounding aside.
+    # At 0 % and 100 % one end is exactly 0 or 1, which rounding would miss.
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)

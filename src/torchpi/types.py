@@ -1,4 +1,4 @@
-"""The data that crosses module borders, and the legend of its shapes.
+"""Data types shared by all modules: observations and action chunks.
 
 Shape legend, used in every signature and comment:
 
@@ -30,35 +30,35 @@ class ActionChunk(TypedDict):
     policy_timing: dict[str, float]
     """Milliseconds per stage."""
     prompt_tokens_cut: NotRequired[int]
-    """The number of tokens by which the prompt was cut to max_token_len; absent: it was not."""
+    """Number of tokens cut from the prompt to fit max_token_len; absent if nothing was cut."""
     actions_clipped: NotRequired[int]
-    """The number of values of the chunk that were clipped to the robot's limits; absent: none."""
+    """Number of values that were clipped to the robot's limits; absent if there were none."""
     samples: NotRequired[np.ndarray]
-    """float32 [N, H, a], all samples, in the robot's units and within its limits; with `num_samples`."""
+    """float32 [N, H, a]: all samples, in the robot's units and within its limits. Only with `num_samples`."""
     sample_index: NotRequired[int]
-    """The one of `samples` that `actions` is."""
+    """Index of `actions` in `samples`."""
     velocity_residuals: NotRequired[np.ndarray]
-    """float32 [N]: RMS of v_t − (x_1 − x_0) over steps and actions, normalized; 0: the path is straight. For N > 1."""
+    """float32 [N]: RMS of v_t − (x_1 − x_0) over steps and actions, normalized; 0 for a straight path. For N > 1."""
     action_std: NotRequired[np.ndarray]
-    """float32 [H, a]: standard deviation over the samples (of N − 1), in the robot's units. For N > 1."""
+    """float32 [H, a]: standard deviation over the samples (divided by N − 1), in the robot's units. For N > 1."""
     uncertainty: NotRequired[float]
-    """The same as a fraction of the training range, q01 to q99, mean over actions and dimensions. For N > 1."""
+    """`action_std` as a fraction of the training range (q01 to q99), averaged over the chunk. For N > 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreviousChunk:
-    """The rest of the chunk that the robot executes while a new one is computed, for real-time chunking."""
+    """The actions that the robot still has to execute while a new chunk is computed (real-time chunking)."""
 
     actions: np.ndarray
-    """[k, a] in the robot's units, from the moment of the new observation on."""
+    """[k, a] in the robot's units; the first one belongs to the time of the new observation."""
     delay: int | np.integer
-    """d, the number of them that will have been executed when the new chunk arrives."""
+    """d: number of these actions that will have been executed when the new chunk arrives."""
     execution_horizon: int | np.integer | None = None
-    """s, the number of steps executed since its own inference began; None: H − k, the actions that are missing."""
+    """s: number of actions executed since the inference of this chunk began; None: H − k."""
     method: Literal["trained", "guidance"] | None = None
-    """"trained": the first `delay` actions are an action prefix, for a policy that was trained with such; "guidance":
-    each Euler step is guided towards all of them; None: "trained" where the policy was for such a delay, or else
-    "guidance". See `model.rtc`."""
+    """"trained" conditions the model on the first `delay` actions, for policies trained with an action prefix;
+    "guidance" steers each Euler step towards all `actions`. None: "trained" if the policy was trained with prefixes as
+    long as `delay`, otherwise "guidance". See `model.rtc`."""
 
     def __post_init__(self) -> None:
         for name in ("delay", "execution_horizon") if self.execution_horizon is not None else ("delay",):
@@ -70,7 +70,7 @@ class PreviousChunk:
             raise ObservationError(f"method is {self.method!r}; expected 'trained', 'guidance' or None.")
 
     def steps_executed(self, horizon: int) -> int:
-        """s, for chunks of H actions."""
+        """Number of steps executed, s, for chunks of H actions."""
         executed = max(horizon - len(self.actions), 0) if self.execution_horizon is None else self.execution_horizon
         if not 0 <= executed <= horizon or not 0 <= self.delay <= horizon - executed:
             raise ObservationError(
@@ -78,41 +78,41 @@ class PreviousChunk:
                 f"execution_horizon {executed} and H {horizon}: the chunk that is being executed ends before the new "
                 "one arrives. Ask sooner, or without a prefix."
             )
-        sent, left = len(self.actions), horizon - executed
-        if not self.delay <= sent <= left:
+        if not self.delay <= len(self.actions) <= horizon - executed:
             raise ObservationError(
-                f"The action prefix has {sent} actions; expected at least delay, {self.delay}, and at most the {left} "
-                f"that a chunk of {horizon} has left after {executed} (execution_horizon)."
+                f"The action prefix has {len(self.actions)} actions; expected at least delay, {self.delay}, and at "
+                f"most the {horizon - executed} that a chunk of {horizon} has left after {executed} "
+                "(execution_horizon)."
             )
         return int(executed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """A batch of model inputs. The cameras' order is their order in the prefix."""
+    """A batch of model inputs. The order of `images` is the order of the cameras in the prefix."""
 
     images: dict[str, Float32[Tensor, "B h w 3"]]
-    """Per camera, RGB in [-1, 1]."""
+    """RGB in [-1, 1], per camera."""
     image_masks: dict[str, Bool[Tensor, " B"]]
-    """Per camera, False where the sample has no such image; the same keys as `images`, in the same order."""
+    """False where a sample lacks the image; same keys as `images`, in the same order."""
     state: Float32[Tensor, "B A"]
-    """Normalized and padded. π₀ reads it as a token; π₀.₅ has it in the prompt's text and does not read it here."""
+    """Normalized and padded. π₀ reads it as a token; π₀.₅ has it in the prompt text and ignores this field."""
     tokenized_prompt: Int[Tensor, "B L"]
-    """Token ids; those of padding do not matter."""
+    """Token ids; ids of padding are arbitrary."""
     tokenized_prompt_mask: Bool[Tensor, "B L"]
     """True at valid tokens."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Observation":
-        """Build an observation from a nested dict of tensors, which is not changed.
+        """Build an observation from a nested dict of tensors. The dict is not changed.
 
         Args:
             data: {"image": {camera: uint8 [B, h, w, 3], or float32 in [-1, 1]}, "image_mask": {camera: bool [B]},
-                "state": [B, A], "tokenized_prompt": [B, L], "tokenized_prompt_mask": bool [B, L]}. Cameras without an
-                entry in "image_mask" are present in every sample.
+                "state": [B, A], "tokenized_prompt": [B, L], "tokenized_prompt_mask": bool [B, L]}. A camera without an
+                entry in "image_mask" is present in every sample.
 
         Raises:
-            KeyError: a key is missing, or a mask has no camera.
+            KeyError: a key is missing, or "image_mask" names an unknown camera.
             ValueError: a tensor has the wrong dtype, layout or batch size.
         """
         for key in ("image", "state", "tokenized_prompt", "tokenized_prompt_mask"):
@@ -133,18 +133,19 @@ class Observation:
             raise ObservationError(
                 f"state has batch size {batch}, tokenized_prompt {tokens.shape[0]}; they must agree."
             )
-        present = torch.ones(batch, dtype=torch.bool, device=state.device)
+        all_present = torch.ones(batch, dtype=torch.bool, device=state.device)
+        masks = {name: _mask(masks.get(name, all_present), f"image_mask[{name!r}]", (batch,)) for name in images}
         images = {name: _image(image, name, batch) for name, image in images.items()}
         sizes = {name: list(image.shape[1:3]) for name, image in images.items()}
         if len({tuple(size) for size in sizes.values()}) > 1:
             raise ObservationError(
-                f"All images must have one size, got {sizes}; resize_with_pad brings them to the model's."
+                f"All images must have the same size, got {sizes}; resize_with_pad resizes them to the model's."
             )
         return cls(
             images=images,
-            image_masks={name: _mask(masks.get(name, present), f"image_mask[{name!r}]", (batch,)) for name in images},
+            image_masks=masks,
             state=state.to(torch.float32),
-            # Many pad with -1, which no embedding has.
+            # Some pad with -1, which is not a valid embedding index.
             tokenized_prompt=tokens.to(torch.int64).masked_fill(~token_mask & (tokens < 0), 0),
             tokenized_prompt_mask=token_mask,
         )
@@ -154,7 +155,7 @@ class Observation:
         return self.state.shape[0]
 
     def to(self, device: str | torch.device) -> "Observation":
-        """The same observation on another device."""
+        """Copy the observation to another device."""
         return Observation(**tree_map(lambda tensor: tensor.to(device), vars(self)))
 
 
@@ -188,16 +189,16 @@ def _image(value: Any, camera: str, batch: int) -> Tensor:
     if image.shape[0] != batch or image.shape[-1] != 3:
         raise ObservationError(
             f"image[{camera!r}] must be [{batch}, h, w, 3] (channels last), got {list(image.shape)}; "
-            "images with channels first: use .permute(0, 2, 3, 1)."
+            "convert channels-first images with .permute(0, 2, 3, 1)."
         )
     if image.dtype is torch.uint8:
         return image.to(torch.float32) / 255.0 * 2.0 - 1.0
     if image.dtype is torch.float32:
-        # LeRobot 0.4's bars are -3. A GPU's values are not read here; NaN may stand in an absent camera's image.
+        # LeRobot 0.4 pads with -3. Values on a GPU are not checked (no sync). The image of an absent camera may be NaN.
         if image.device.type == "cpu" and bool((image.abs() > 3).any()):
             raise ObservationError(
                 f"image[{camera!r}] has values from {image.min():.4g} to {image.max():.4g}; expected float32 in "
-                "[-1, 1]. Pass pixels of 0 to 255 as uint8."
+                "[-1, 1]. Pass pixels from 0 to 255 as uint8."
             )
         return image
     raise ObservationError(f"image[{camera!r}] must be uint8, or float32 in [-1, 1], got {image.dtype}.")

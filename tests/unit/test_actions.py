@@ -32,7 +32,7 @@ def test_every_step_refers_to_the_same_state():
 
 @pytest.mark.parametrize(("a", "s"), [(2, 3), (3, 2)])
 def test_a_mask_that_is_too_long(a, s):
-    with pytest.raises(ValueError, match=f"mask has 3 dimensions.* number 3, actions {a} and state {s}"):
+    with pytest.raises(ValueError, match=f"mask has 3 dimensions.* number 3, actions have {a} and the state has {s}"):
         delta_actions(np.zeros((1, a)), np.zeros(s), (True,) * 3)
 
 

@@ -110,7 +110,9 @@ def test_a_constant_dimension_keeps_its_number_and_is_named(rule, target):
 
 def test_a_range_below_the_eps_is_an_error():
     stats = stats_of([0.0, 0.0], [0.5, 1e-7])
-    with pytest.raises(ValueError, match="can't be said as quantile with openpi's eps for actions thumb: the range"):
+    with pytest.raises(
+        ValueError, match="can't be expressed as quantile with openpi's eps for actions thumb: the range"
+    ):
         rewrite_stats(
             stats, Normalization("z_score", "lerobot"), Normalization("quantile"), what="actions", names=("x", "thumb")
         )

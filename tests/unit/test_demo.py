@@ -142,7 +142,9 @@ def test_provenance_is_described():
 def test_results_of_another_kind_are_an_error(wrong):
     policy = random_policy()
     policy.provenance = {"results": wrong}
-    with pytest.raises(ValueError, match="results in the policy's provenance is not what `torchpi eval --json` prints"):
+    with pytest.raises(
+        ValueError, match="results in the policy's provenance is not an output of `torchpi eval --json`"
+    ):
         describe_policy(policy)
 
 

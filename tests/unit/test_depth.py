@@ -201,7 +201,7 @@ def test_depth_and_rgb_camera_may_share_the_end_of_their_names():
         (np.zeros((2, 3, 4), np.uint16), "sent uint16"),
         (np.zeros((0, 3), np.uint16), "sent uint16"),
         ([[1.0]], "sent list"),
-        ((DEPTH / 1000).astype(np.float32), "sent depths from 0.0002 to 0.00174 m, .* State the robot's unit"),
+        ((DEPTH / 1000).astype(np.float32), "sent depths from 0.0002 to 0.00174 m \\(read as .* State the robot's unit"),
     ],
 )
 def test_robots_depth_of_another_form_is_an_error(image, message):
@@ -211,7 +211,7 @@ def test_robots_depth_of_another_form_is_an_error(image, message):
 
 def test_robots_depth_for_an_rgb_camera_is_an_error():
     for image in (DEPTH, DEPTH[..., None], (DEPTH / 1000).astype(np.float32)):
-        with pytest.raises(ValueError, match="if it is depth, state its mapping"):
+        with pytest.raises(ValueError, match="for depth, state its mapping"):
             seen(arm(None), image)
 
 

@@ -1,4 +1,4 @@
-"""`Observation.from_dict`: what it computes, what it leaves alone, what it refuses."""
+"""`Observation.from_dict`: conversion of images, masks, state and tokens, and its errors."""
 
 import re
 
@@ -151,7 +151,10 @@ def test_a_wrong_value_is_an_error_that_says_what_was_found(changes, message):
     [
         (np.zeros((B, 4, 6, 3), np.uint8), "image['base'] must be a torch tensor, got ndarray"),
         (torch.zeros(4, 6, 3, dtype=torch.uint8), "image['base'] must have 4 dimensions with the batch first"),
-        (torch.zeros(B, 3, 4, 6, dtype=torch.uint8), "(channels last), got [2, 3, 4, 6]; images with channels first"),
+        (
+            torch.zeros(B, 3, 4, 6, dtype=torch.uint8),
+            "(channels last), got [2, 3, 4, 6]; convert channels-first images",
+        ),
         (torch.zeros(B, 4, 6, 4, dtype=torch.uint8), "image['base'] must be [2, h, w, 3] (channels last)"),
         (torch.zeros(B + 1, 4, 6, 3, dtype=torch.uint8), "image['base'] must be [2, h, w, 3]"),
         (torch.zeros(B, 4, 6, 3, dtype=torch.uint16), "must be uint8, or float32 in [-1, 1], got torch.uint16"),
@@ -167,7 +170,7 @@ def test_a_wrong_image_is_an_error_that_names_the_camera(image, message):
 
 def test_cameras_of_unequal_size_are_an_error_that_lists_them():
     images = {"base": torch.zeros(B, 4, 6, 3), "wrist": torch.zeros(B, 4, 8, 3)}
-    with pytest.raises(ValueError, match=r"one size, got \{'base': \[4, 6\], 'wrist': \[4, 8\]\}"):
+    with pytest.raises(ValueError, match=r"the same size, got \{'base': \[4, 6\], 'wrist': \[4, 8\]\}"):
         Observation.from_dict(data(image=images))
 
 

@@ -310,8 +310,8 @@ def test_a_state_that_is_longer_than_the_statistics_is_an_error(make_policy):
         (np.zeros(ACTION_DIM), r"Noise must be \[4, 16\], got float64 \[16\]"),
         (np.zeros((HORIZON, ACTION_DIM), np.int64), r"Noise must be floating-point numbers, got int64 \[4, 16\]"),
         (np.full((HORIZON, ACTION_DIM), "x"), r"Noise must be floating-point numbers, got <U1 \[4, 16\]"),
-        (np.full((HORIZON, ACTION_DIM), np.nan), "NaN or infinity in the noise"),
-        (np.full((HORIZON, ACTION_DIM), np.inf), "NaN or infinity in the noise"),
+        (np.full((HORIZON, ACTION_DIM), np.nan), "The noise contains NaN or infinity"),
+        (np.full((HORIZON, ACTION_DIM), np.inf), "The noise contains NaN or infinity"),
     ],
 )
 def test_wrong_noise_is_an_error_that_says_what_was_expected(make_policy, wrong, message):
@@ -598,7 +598,7 @@ PREFIX = np.full((2, 2), 0.1, np.float32)
         ({"generator": 0, "noise": None}, "generator is 0; expected a torch.Generator"),
         (
             {"noise": np.full((HORIZON, ACTION_DIM), 1e300)},
-            "NaN or infinity in the noise; it must be finite, in float32",
+            "The noise contains NaN or infinity; it must be finite in float32",
         ),
     ],
 )
@@ -634,13 +634,13 @@ def test_an_unknown_method_of_continuing_is_an_error(unchecked):
 @pytest.mark.parametrize("prompt", ["go \ud800", np.array("\udfff"), b"\xff go".decode(errors="surrogateescape")])
 def test_a_lone_surrogate_in_the_prompt_is_an_error(make_policy, prompt):
     policy = make_policy()
-    with pytest.raises(TorchpiError, match=r"The prompt has the code point 0xd.*, no Unicode character"):
+    with pytest.raises(TorchpiError, match=r"The prompt has the code point 0xd.*, which is not a Unicode character"):
         policy.infer_batch([request(policy), request(policy, prompt=prompt)])
 
 
 def test_a_code_point_beyond_unicode_in_the_prompt_is_an_error(make_policy):
     policy = make_policy()
-    with pytest.raises(TorchpiError, match="0x110000, no Unicode character"):
+    with pytest.raises(TorchpiError, match="0x110000, which is not a Unicode character"):
         policy.infer(request(policy, prompt=np.array([0x110000], np.uint32).view("U1").reshape(())))
 
 
@@ -676,7 +676,7 @@ def test_an_answer_counts_the_tokens_that_its_prompt_lost(make_policy):
 
 @pytest.mark.parametrize("number", [2.5, True])
 def test_fractions_of_an_action_are_not_executed(unchecked, number):
-    with pytest.raises(TorchpiError, match=r"execute_steps is .*; expected a positive number, and a whole one"):
+    with pytest.raises(TorchpiError, match=r"execute_steps is .*; expected a positive whole number"):
         dataclasses.replace(TWO_JOINTS, execute_steps=number)
 
 

@@ -707,7 +707,7 @@ def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
 WIDE = Embodiment.generic(
     "four_joints", cameras={"base_0_rgb": "front"}, state=list("abcd"), actions=list("abcd"), delta=["d"], control_hz=20
 )
-UNTRAINED = "Nothing has trained this policy's d: of these actions, which are noise in the model"
+UNTRAINED = "This policy's actions d are untrained: the model's output for them is noise"
 
 
 @pytest.fixture
@@ -741,7 +741,7 @@ def test_actions_that_nothing_has_trained_are_their_mean(kind, wide, tmp_path):
 
 
 def test_untrained_actions_stay_so_in_further_conversions(wide, tmp_path):
-    with pytest.warns(UserWarning, match="Nothing has trained this policy's d"):
+    with pytest.warns(UserWarning, match="This policy's actions d are untrained"):
         convert(wide, tmp_path / "wider", "torchpi", sizes={"action_dim": 6})
     assert json.loads((tmp_path / "wider" / "policy.json").read_text())["trained_action_dim"] == 3
     report = convert(tmp_path / "wider", tmp_path / "jax", "openpi-jax")

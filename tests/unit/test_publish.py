@@ -280,7 +280,7 @@ def test_names_from_outside_are_text_in_the_card(make, hub):
 
 
 def test_results_that_are_no_evaluation_are_an_error(saved):
-    with pytest.raises(ValueError, match="results is not what `torchpi eval --json` prints: expected tasks"):
+    with pytest.raises(ValueError, match="results is not an output of `torchpi eval --json`: expected tasks"):
         package(saved, "org/name", results={"chunks": 3})
 
 

@@ -194,7 +194,7 @@ def test_untrained_dimensions_do_not_affect_the_choice(policy, monkeypatch):
         ({"num_samples": 2, "pick": "best"}, "pick is 'best'; expected one of consensus, velocity_residual, first"),
         ({"num_samples": 2, "pick": lambda samples, observation: 2}, "pick returned 2; expected an index from 0 to 1"),
         ({"num_samples": 2, "pick": lambda samples, observation: None}, "pick returned None"),
-        ({"num_samples": 2, "num_steps": 1, "pick": "velocity_residual"}, "in one Euler step every path is straight"),
+        ({"num_samples": 2, "num_steps": 1, "pick": "velocity_residual"}, "with one Euler step every path is straight"),
         ({"num_samples": 2, "noise": np.zeros((16, 8))}, r"Noise must be \[2, 16, 8\], got float64 \[16, 8\]"),
         ({"noise": np.zeros((2, 16, 8))}, r"Noise must be \[16, 8\], got float64 \[2, 16, 8\]"),
     ],

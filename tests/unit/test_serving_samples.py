@@ -39,7 +39,7 @@ def test_server_answers_with_samples_and_their_spread_on_the_page_and_in_the_met
         assert 'torchpi_uncertainty_count{policy="p"} 2.0' in metrics
         for wrong, text in (
             ({"torchpi/noise": noise[0]}, rf"expected floating-point numbers [3, {shape[0]}, {shape[1]}]"),
-            ({"torchpi/num_steps": 1}, "in one Euler step every path is straight"),
+            ({"torchpi/num_steps": 1}, "with one Euler step every path is straight"),
         ):
             refused = client.ask({**asked, **wrong})
             found = json.loads(refused)

@@ -427,7 +427,7 @@ def test_loss_of_several_flow_samples_is_the_mean_of_their_losses():
     together = model.compute_loss(observation, actions, noise=noise, time=time)
     apart = [model.compute_loss(observation, actions, noise=noise[:, i], time=time[:, i]) for i in range(2)]
     torch.testing.assert_close(together, torch.stack(apart).mean(dim=0))
-    with pytest.raises(ValueError, match="R of them per observation, and time one number for each"):
+    with pytest.raises(ValueError, match="R samples per observation, and time one number for each sample"):
         model.compute_loss(observation, actions, noise=noise, time=time[:, 0])
 
 

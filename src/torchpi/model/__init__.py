@@ -1,1 +1,1 @@
-"""The model in plain torch: SigLIP, Gemma twice, the suffix, the flow. Imports only types and config."""
+"""The model in plain PyTorch: SigLIP, two Gemma stacks, suffix, flow matching. Imports only types and config."""

@@ -1,4 +1,4 @@
-"""The cache of a prefix, behind which several suffixes may stand."""
+"""KV cache of a prefix, shared by several suffixes."""
 
 import dataclasses
 
@@ -10,26 +10,26 @@ from torchpi.model.gemma import KeyValue, Rope
 
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """Positions and mask of a suffix behind a prefix; the same in all Euler steps."""
+    """Positions and attention mask of a suffix that follows a prefix; the same in all Euler steps."""
 
     rope: Rope
     mask: Bool[Tensor, "B #T keys"] | None
-    """Rows of suffix tokens, columns of prefix and suffix; None: every token attends to every token."""
+    """Rows: suffix tokens; columns: prefix and suffix tokens. None: every token attends to every token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the prefix, and what else the action expert needs for a suffix behind it."""
+    """Keys and values of the prefix, and the other inputs that the action expert needs for a suffix after it."""
 
     key_values: list[KeyValue]
     """Keys and values of each backbone layer."""
     suffix: AttentionInputs
-    """Positions and mask of the suffix that follows the prefix."""
+    """Positions and mask of the suffix."""
     state: Float32[Tensor, "B A"]
-    """State of the observation, which π₀'s suffix reads."""
+    """State of the observation, for π₀'s suffix."""
 
     def repeat(self, times: int) -> "KVCache":
-        """Repeat each sample `times` times in a row, for several suffixes behind one prefix."""
+        """Repeat each sample `times` times in a row, for several suffixes per prefix."""
         if times == 1:
             return self
         (cos, sin), mask = self.suffix.rope, self.suffix.mask

@@ -1,4 +1,4 @@
-"""Layers of both SigLIP and Gemma: a linear layer that states its precision, and attention; checks of tensors."""
+"""Layers shared by SigLIP and Gemma: linear layer, attention, initialization; and shape checks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from torchpi.errors import ModelError
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype, whatever dtype its weights are stored in.
+    """Linear layer that computes in the dtype of its input, whatever the dtype of its weights.
 
-    With float32 weights and bfloat16 activations this is mixed-precision training, said at the place where it happens.
+    With float32 weights and bfloat16 activations this is mixed-precision training without autocast.
     """
 
     def reset_parameters(self) -> None:
-        """Nothing: `Pi0.init_weights` or a checkpoint fills the weights."""
+        """Do nothing: `Pi0.init_weights` or a checkpoint fills the weights."""
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """x·Wᵀ + b in x's dtype."""
+        """Compute x·Wᵀ + b in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
     def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
-        """`forward` from its output `first` on, without what stands before."""
+        """Compute the outputs of `forward` from index `first` on."""
         bias = None if self.bias is None else self.bias[first:].to(x.dtype)
         return F.linear(x, self.weight[first:].to(x.dtype), bias)
 
@@ -39,11 +39,11 @@ def attend(
 ) -> Float[Tensor, "B T heads"]:
     """Grouped-query attention with scale K^-0.5 and softmax in float32.
 
-    The Q/G query heads that share one key/value head are laid behind each other as rows of one longer query, so that
-    keys and values are read once and never copied per head.
+    The Q/G query heads that share a key/value head become rows of one longer query, so that keys and values are read
+    once instead of being copied per head.
 
     Args:
-        mask: True where a query may attend to a key; one row for all queries, or one per query; None: everywhere.
+        mask: True where a query may attend to a key, with one row for all queries or one per query; None: every key.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     groups = k.shape[2]
@@ -60,7 +60,7 @@ def attend(
 
 
 def gelu_tanh(x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
-    """GELU in its tanh form, 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as Gemma and SigLIP have it."""
+    """GELU in its tanh form, 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as in Gemma and SigLIP."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -70,25 +70,27 @@ def float32_layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*batch i"]) -> Floa
 
 
 def lecun_normal_(weight: Tensor, generator: torch.Generator | None) -> None:
-    """Fill a linear weight [out, in] as flax's lecun_normal: normal cut at two deviations, variance 1/in."""
-    # A standard normal cut at ±2 has this deviation; dividing by it gives the variance that was asked for.
+    """Fill a linear weight [out, in] as flax's lecun_normal: normal truncated at two deviations, variance 1/in."""
+    # The constant is the deviation of a standard normal truncated at ±2; dividing by it gives the variance 1/in.
     std = weight.shape[1] ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
 def embed_tokens(ids: Int[Tensor, "B L"], table: Float[Tensor, "V D"]) -> Float[Tensor, "B L D"]:
-    """The rows of the embedding; ids that it does not have are an error (on a GPU an assertion of its kernel)."""
+    """Look up token embeddings; an id out of range is a ModelError (on a GPU, a device-side assertion)."""
     try:
         return F.embedding(ids, table)
     except IndexError as error:
-        found = f"from {ids.min()} to {ids.max()}; the model's embedding has 0 to {len(table) - 1}"
-        raise ModelError(f"The prompt has token ids {found}. Was it tokenized for another model?") from error
+        raise ModelError(
+            f"The prompt has token ids from {ids.min()} to {ids.max()}; the model's embedding has 0 to "
+            f"{len(table) - 1}. Was it tokenized for another model?"
+        ) from error
 
 
 def require_shape(name: str, value: Any, *shapes: Sequence[int]) -> None:
-    """Refuse what is no tensor, or of none of the shapes (without any, of whatever shape).
+    """Raise a ModelError unless `value` is a tensor of one of the shapes (of any shape if none is passed).
 
-    Another batch or horizon would be broadcast, or break somewhere in the attention.
+    A wrong batch size or horizon would otherwise be broadcast, or fail deep inside the attention.
     """
     if isinstance(value, Tensor) and (not shapes or tuple(value.shape) in map(tuple, shapes)):
         return

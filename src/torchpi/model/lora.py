@@ -1,9 +1,11 @@
-"""LoRA: the two stacks are trained through low-rank matrices that are added to their frozen ones.
+"""LoRA: train backbone and action expert through low-rank updates of their frozen weights.
 
-The meaning is openpi's code, not the paper's (arXiv:2106.09685). Every head has an A and a B of its own; attention's
-update is scaled by alpha / rank; the output projection sums over the heads between A and B, so that each head's A meets
-the sum of all heads' B; the feed-forward's update is not scaled; A and B both begin as N(0, 0.01²), so that training
-does not begin at exactly the base model.
+This follows openpi's code, which differs from the paper (arXiv:2106.09685):
+
+- Every attention head has its own A and B. The attention update is scaled by alpha / rank.
+- The output projection sums over the heads between A and B, so each head's A is multiplied by the sum of all heads' B.
+- The feed-forward update is not scaled.
+- A and B are both initialized with N(0, 0.01²), so training does not start exactly at the base model.
 """
 
 from collections.abc import Iterator
@@ -24,10 +26,9 @@ INIT_STD = 0.01
 
 
 class LoraLinear(Linear):
-    """x·Wᵀ + scale·(x·A)·B, in x's dtype; W keeps the name and the place that it has in the plain model.
+    """x·Wᵀ + scale·(x·A)·B, in x's dtype. W keeps its parameter name from the plain model.
 
-    The outputs are in equal groups, one behind the other (heads, or the feed-forward's gate and up), each with an A and
-    a B of its own.
+    The outputs are divided into equal groups (heads, or the feed-forward's gate and up), each with its own A and B.
     """
 
     lora_a: nn.Parameter
@@ -45,57 +46,57 @@ class LoraLinear(Linear):
             )
 
     def shapes(self, groups: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of lora_a and lora_b."""
+        """Compute the shapes of lora_a and lora_b."""
         return {
             "lora_a": (groups, rank, self.in_features),
             "lora_b": (groups, self.out_features // groups, rank),
         }
 
     def init_lora(self, generator: torch.Generator | None) -> None:
-        """N(0, 0.01²), A and B alike."""
+        """Initialize A and B with N(0, 0.01²)."""
         nn.init.normal_(self.lora_a, std=INIT_STD, generator=generator)
         nn.init.normal_(self.lora_b, std=INIT_STD, generator=generator)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """The matmul with the updated weight, in x's dtype."""
+        """Multiply by the updated weight, in x's dtype."""
         tokens = x.flatten(0, -2)
         return self._add_update(super().forward(tokens), tokens, first=0).unflatten(0, x.shape[:-1])
 
     def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
-        """`forward` from its output `first` on, without what stands before."""
+        """Compute the outputs of `forward` from index `first` on."""
         tokens = x.flatten(0, -2)
         return self._add_update(super().rows(tokens, first), tokens, first).unflatten(0, x.shape[:-1])
 
     def _add_update(self, out: Tensor, x: Tensor, first: int) -> Tensor:
         a, b = self._matrices()
-        # One matmul for all groups. Not in place: activation checkpointing may keep the base's result.
+        # One matmul for all groups. Not in place: activation checkpointing may save the output of the base layer.
         return torch.addmm(out, F.linear(x, a.to(x.dtype)), b[first:].T.to(x.dtype), alpha=self.scale)
 
     def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
-        """All groups' A, one below the other, and their B, each in a block of its own."""
+        """A of all groups, stacked, and the block-diagonal matrix of their B."""
         groups = torch.eye(len(self.lora_b), dtype=self.lora_b.dtype, device=self.lora_b.device)
         blocks = self.lora_b[:, :, None, :] * groups[:, None, :, None]  # [groups, outputs / groups, groups, rank]
         return self.lora_a.flatten(0, 1), blocks.flatten(2).flatten(0, 1)
 
     def update(self) -> Float32[Tensor, "o i"]:
-        """The update of the whole weight."""
+        """Compute the update of the whole weight matrix."""
         a, b = self._matrices()
         return self.scale * (b.float() @ a.float())
 
 
 class HeadSumLoraLinear(LoraLinear):
-    """The output projection's: its inputs are the heads, and what comes out of their A is summed before B.
+    """LoRA of the output projection: its inputs are the heads, and the outputs of their A are summed before B.
 
-    So only the sum of all B matters; they are kept apart as in the original's files.
+    Only the sum of all B matters; they are stored separately as in openpi's files.
     """
 
     lora_a: nn.Parameter
-    """float32 [rank, inputs]: the heads' A side by side."""
+    """float32 [rank, inputs]: A of all heads, side by side."""
     lora_b: nn.Parameter
     """float32 [heads, outputs, rank]."""
 
     def shapes(self, groups: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of lora_a and lora_b, for as many heads as groups."""
+        """Compute the shapes of lora_a and lora_b; the groups are the heads."""
         return {"lora_a": (rank, self.in_features), "lora_b": (groups, self.out_features, rank)}
 
     def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
@@ -103,13 +104,13 @@ class HeadSumLoraLinear(LoraLinear):
 
 
 def add_lora(model: Pi0, config: LoraConfig, generator: torch.Generator | None) -> None:
-    """Attach low-rank matrices to a model, in place, and fill them as the original does.
+    """Attach low-rank matrices to a model, in place, and initialize them as openpi does.
 
-    They are float32, whatever dtype the base has, and on the base's device. The base's parameters stay the same
-    objects under the same names.
+    They are float32 whatever the dtype of the base, and on its device. The base parameters remain the same objects
+    under the same names.
 
     Args:
-        generator: on the model's device; None: PyTorch's own.
+        generator: on the model's device; None: PyTorch's default generator.
     """
     attach_lora(model, config)
     for _, layer in lora_layers(model):
@@ -117,9 +118,9 @@ def add_lora(model: Pi0, config: LoraConfig, generator: torch.Generator | None) 
 
 
 def attach_lora(model: Pi0, config: LoraConfig) -> None:
-    """`add_lora` without values: for a checkpoint to fill."""
-    if (found := lora_config(model)) is not None:
-        raise ModelError(f"The model has LoRA already, {found}; merge_lora folds it into the weights.")
+    """Attach uninitialized low-rank matrices, to be filled from a checkpoint."""
+    if (existing := lora_config(model)) is not None:
+        raise ModelError(f"The model has LoRA already, {existing}; merge_lora folds it into the weights.")
     if config.backbone_rank:
         _attach(model.backbone, config, config.backbone_rank, config.backbone_alpha)
     if config.expert_rank:
@@ -141,7 +142,7 @@ def _attach(stack: Gemma, config: LoraConfig, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def merge_lora(model: Pi0) -> None:
-    """Add the low-rank updates to the weights, in float32 before any cast, and leave a plain model, in place."""
+    """Add the low-rank updates to the weights (in float32, before any cast) and restore plain layers, in place."""
     if lora_config(model) is None:
         raise ModelError("The model has no LoRA to merge.")
     for name, layer in list(lora_layers(model)):
@@ -152,17 +153,17 @@ def merge_lora(model: Pi0) -> None:
 
 
 def lora_layers(model: Pi0) -> Iterator[tuple[str, LoraLinear]]:
-    """Every layer with low-rank matrices, and its name."""
+    """Iterate over the layers with low-rank matrices, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
 def lora_config(model: Pi0) -> LoraConfig | None:
-    """The LoRA of a model, or None."""
+    """Return the LoRA config of a model, or None."""
     return next((layer.config for _, layer in lora_layers(model)), None)
 
 
 def is_lora(name: str) -> bool:
-    """True for the name of a low-rank matrix."""
+    """Test whether a parameter name is that of a low-rank matrix."""
     return name.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
@@ -171,19 +172,19 @@ _BACKBONE = ("backbone.", "embedding")
 
 
 def trainable_parameters(model: Pi0, what: Finetune) -> dict[str, bool]:
-    """Parameters by name, True for those that a training changes.
+    """Select the trainable parameters; True for each name that training updates.
 
     Args:
-        what: "full"; "frozen_vision": all but the vision tower with its head; "expert": the action expert and the
-            projections of actions, time and state; "lora": openpi's rule, which freezes of each stack with LoRA
-            everything else (of the backbone also the embedding), and trains the rest: vision tower, projections, and a
-            stack without LoRA; "lora_strict": the low-rank matrices and the projections alone.
+        what: "full": all. "frozen_vision": all but the vision tower and its head. "expert": the action expert and the
+            projections of actions, time and state. "lora": openpi's rule, which freezes the base weights of each stack
+            with LoRA (with the backbone also the embedding) and trains the rest: low-rank matrices, vision tower,
+            projections, and a stack without LoRA. "lora_strict": only the low-rank matrices and the projections.
     """
     config = lora_config(model)
     if what not in get_args(Finetune):
         raise ModelError(f"finetune must be one of {', '.join(get_args(Finetune))}, got {what!r}.")
     if what in ("lora", "lora_strict") and config is None:
-        raise ModelError(f"{what!r} trains low-rank matrices, and the model has none; add_lora adds them.")
+        raise ModelError(f"{what!r} trains low-rank matrices, but the model has none; add_lora adds them.")
     names = [name for name, _ in model.named_parameters()]
     if what == "full":
         return dict.fromkeys(names, True)

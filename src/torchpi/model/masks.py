@@ -8,16 +8,16 @@ from torch import Tensor
 def make_attn_mask(
     input_mask: Bool[Tensor, "B S"], ar_mask: Bool[Tensor, " S"], num_queries: int | None = None
 ) -> Bool[Tensor, "B R S"]:
-    """The block-causal mask: a token attends to its own group and to all groups before it.
+    """Build the block-causal mask: a token attends to its own group and to all groups before it.
 
-    `ar_mask` is True where a new group begins, so the running sum numbers the groups: all False is fully bidirectional,
-    all True is causal, [False, False, True, False] lets the first two see each other, and the last two see all four.
-    Padding neither attends nor is attended to.
+    `ar_mask` is True where a new group begins, so its cumulative sum numbers the groups. All False is bidirectional,
+    all True is causal. With [False, False, True, False] the first two tokens attend to each other, and the last two to
+    all four. Padding neither attends nor is attended to.
 
     Args:
         input_mask: True at valid tokens.
-        ar_mask: True where a token is not seen by those before it.
-        num_queries: number of rows, the last ones; by default all S.
+        ar_mask: True where earlier tokens must not attend to this one and those after it.
+        num_queries: build only the rows of the last `num_queries` tokens; by default all S rows.
 
     Returns:
         True where the query (row) may attend to the key (column).
@@ -31,5 +31,5 @@ def make_attn_mask(
 
 
 def token_positions(input_mask: Bool[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-    """Positions count valid tokens only, so that padding moves nothing. (Padding in front of all tokens gets −1.)"""
+    """Number the valid tokens, so that padding shifts no position. (Padding before the first valid token gets −1.)"""
     return torch.cumsum(input_mask, dim=1) - 1

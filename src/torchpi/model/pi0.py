@@ -1,8 +1,8 @@
 """π₀ and π₀.₅: from an observation to an action chunk.
 
-The prefix (images and prompt) never attends to the suffix (actions). So the backbone reads it once, and all that the
-action expert needs of it are each layer's keys and values. Training and inference are this one path; training lets the
-gradient flow through the cache, inference keeps the cache for all Euler steps.
+The prefix (images and prompt) never attends to the suffix (actions). The backbone therefore runs once over the prefix,
+and the action expert needs only the keys and values of each layer. Training and inference share this path: in training
+gradients flow through the cache, in inference all Euler steps reuse it.
 
 Sources: π₀ (arXiv:2410.24164), π₀.₅ (arXiv:2504.16054).
 """
@@ -28,19 +28,18 @@ from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, TimeConditioning, init_projections
 from torchpi.types import Observation
 
-# flax's normal() by default, which openpi's code calls for it.
-EMBEDDING_STD = 0.01
+EMBEDDING_STD = 0.01  # the default of flax's normal(), which openpi uses
 
 
 class Pi0(nn.Module):
-    """A vision-language-action model, π₀ or π₀.₅ by its config, at any size.
+    """Vision-language-action model π₀ or π₀.₅, in the sizes of its config.
 
-    The computation runs in the dtype of the weights, or in `compute_dtype` where that is set (float32 weights and
-    bfloat16 matmuls, for training). Norms, softmax, RoPE, time and patch embedding, the suffix and the Euler steps
-    always run in float32; `torch.autocast` would round these as well: choose a dtype instead.
+    The model computes in the dtype of its weights, or in `compute_dtype` if that is set (float32 weights with bfloat16
+    matmuls, for training). Norms, softmax, RoPE, time and patch embeddings, the suffix and the Euler steps always run
+    in float32. Don't use `torch.autocast`: it would round these as well.
     """
 
-    @torch.inference_mode(False)  # whoever builds it there may train it later
+    @torch.inference_mode(False)  # inference tensors could not be trained later
     def __init__(
         self,
         config: Pi0Config,
@@ -49,10 +48,10 @@ class Pi0(nn.Module):
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        """Build the model; its weights are those of `init_weights` with seed 0, on "meta" there are none."""
+        """Build the model and fill the weights by `init_weights` with seed 0; on device "meta" they stay empty."""
         super().__init__()
         self.config = config
-        self.trained_action_dim = config.action_dim  # what `checkpoints.sizes.adapt` adds is noise until it is trained
+        self.trained_action_dim = config.action_dim  # dimensions added by `checkpoints.sizes.adapt` are untrained
         self.compute_dtype_override = compute_dtype
         with torch.device("meta"):
             self.vision = SigLIP(config.siglip, image_size=config.image_size, out_width=config.paligemma.width)
@@ -68,20 +67,20 @@ class Pi0(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """Device of the weights."""
         return self.embedding.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the matmuls in both stacks and the vision tower."""
+        """Dtype of the matmuls in the backbone, the action expert and the vision tower."""
         return self.compute_dtype_override or self.embedding.dtype
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fill all weights for training from scratch, with the original's distributions.
+        """Initialize all weights for training from scratch, with openpi's distributions.
 
-        RMSNorm scales and adaptive norms are 0 (gates closed: the expert begins as the identity), kernels lecun-normal,
-        in SigLIP xavier-uniform, the embedding N(0, 0.01²), SigLIP's head 0.
+        RMSNorm scales and adaptive norms are 0 (closed gates: the expert starts as the identity), matrices are
+        lecun-normal (in SigLIP xavier-uniform), the embedding is N(0, 0.01²) and SigLIP's head 0.
         """
         self.vision.init_weights(generator)
         nn.init.normal_(self.embedding, std=EMBEDDING_STD, generator=generator)
@@ -95,14 +94,14 @@ class Pi0(nn.Module):
     def embed_prefix(
         self, observation: Observation, *, drop_padding: bool = False
     ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, " S"]]:
-        """Embed images and prompt, images first, in the observation's order of cameras.
+        """Embed images and prompt: first the images, in the observation's camera order, then the prompt.
 
         Args:
-            drop_padding: leave out absent cameras and padding, and pad rows of unequal length to the longest one. No
-                valid token depends on one that is left out, so all results stay the same. Reads the masks on the host.
+            drop_padding: drop absent cameras and padding; shorter rows are padded to the longest one. Valid tokens
+                don't depend on dropped ones, so results don't change. Reads the masks on the host.
 
         Returns:
-            tokens [B, S, D]; input_mask, True at valid tokens; ar_mask, all False: the prefix is bidirectional.
+            tokens [B, S, D]; input_mask, True at valid tokens; ar_mask, all False (the prefix is bidirectional).
         """
         if drop_padding:
             return self._embed_valid_prefix(observation)
@@ -131,7 +130,7 @@ class Pi0(nn.Module):
         self, image_tokens: Float[Tensor, "B N P D"], observation: Observation
     ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, " S"]]:
         text_tokens = embed_tokens(observation.tokenized_prompt, self.embedding).to(self.compute_dtype)
-        # The original rounds the scale to the dtype of the computation before it multiplies.
+        # openpi rounds the scale to the compute dtype before multiplying.
         text_tokens = text_tokens * torch.tensor(self.config.paligemma.width**0.5, dtype=self.compute_dtype)
         tokens = torch.cat([image_tokens.flatten(1, 2), text_tokens], dim=1)  # [B, N·P + L, D]
         patches = image_tokens.shape[2]
@@ -150,26 +149,26 @@ class Pi0(nn.Module):
         """Run the backbone over the prefix and keep each layer's keys and values.
 
         Args:
-            prefix: `embed_prefix` of the observation; by default it is embedded here, with its padding.
-            action_horizon: H of the suffix that follows; by default the config's.
-            no_padding: all tokens of `prefix` are valid; saves the masks.
+            prefix: output of `embed_prefix`; by default the observation is embedded here, with its padding.
+            action_horizon: H of the suffix; by default the config's.
+            no_padding: all tokens of `prefix` are valid, so no mask is needed.
 
         Raises:
-            ValueError: neither the call nor the config says the horizon.
+            ValueError: neither the argument nor the config sets the horizon.
         """
         tokens, input_mask, ar_mask = self.embed_prefix(observation) if prefix is None else prefix
         rope = rope_table(token_positions(input_mask), self.config.paligemma.head_dim)
         if no_padding:
             key_values = self.backbone.keys_and_values(tokens, rope, None)
         else:
-            # The contents of padding must reach nothing: in attention its weight is 0, but 0 · NaN is NaN.
+            # Padding has attention weight 0, but 0 · NaN is NaN: clear its contents.
             tokens = tokens.masked_fill(~input_mask[:, :, None], 0)
-            # Bidirectional: one row of the mask serves all queries. (Rows of padding attend to the valid tokens instead
-            # of to nothing, whose softmax would be NaN; nothing reads them.)
+            # The prefix is bidirectional, so one mask row serves all queries. (Padding queries also attend to the valid
+            # tokens: the softmax of an empty row would be NaN. Their outputs are unused.)
             key_values = self.backbone.keys_and_values(tokens, rope, input_mask[:, None, :])
         horizon = action_horizon or self.config.require("action_horizon")
         suffix = self.suffix_attention(input_mask, ar_mask, horizon, no_padding=no_padding)
-        if not torch.is_grad_enabled():  # with gradients the suffix's are concatenated
+        if not torch.is_grad_enabled():  # with gradients, `KeyValue.extended` concatenates instead
             key_values = [key_value.with_room(self.suffix.num_state_tokens + horizon) for key_value in key_values]
         return KVCache(key_values, suffix, observation.state)
 
@@ -181,10 +180,10 @@ class Pi0(nn.Module):
         noisy_actions: Float32[Tensor, "B H A"],
         timestep: Float32[Tensor, " B"],
     ) -> tuple[Float32[Tensor, "B T d"], Bool[Tensor, "B T"], Bool[Tensor, " T"], Float32[Tensor, "B d"] | None]:
-        """Embed noisy actions and time (and for π₀ the state).
+        """Embed noisy actions and time, and for π₀ the state.
 
         Returns:
-            tokens [B, T, d]; input_mask, all True; ar_mask; adarms_cond [B, d], None for π₀.
+            tokens [B, T, d]; input_mask, all True; ar_mask; adarms_cond [B, d], or None for π₀.
         """
         self.check_actions(observation, noisy_actions, "noisy_actions")
         require_shape("timestep", timestep, noisy_actions.shape[:1])
@@ -202,10 +201,10 @@ class Pi0(nn.Module):
         *,
         no_padding: bool = False,
     ) -> AttentionInputs:
-        """Positions and attention mask of a suffix behind a prefix.
+        """Compute positions and attention mask of a suffix that follows a prefix.
 
         Args:
-            no_padding: all tokens of the prefix are valid; saves the mask where the suffix is one group.
+            no_padding: all tokens of the prefix are valid, so a suffix of a single group needs no mask.
         """
         suffix_ar_mask = self.suffix.ar_mask(action_horizon, prefix_mask.device)
         count = suffix_ar_mask.shape[0]
@@ -218,15 +217,15 @@ class Pi0(nn.Module):
         return AttentionInputs(rope, make_attn_mask(input_mask, ar_mask, num_queries=count))
 
     def time_conditioning(self, time: Float32[Tensor, " B"] | Float32[Tensor, "B H"]) -> TimeConditioning:
-        """The expert's inputs that depend on the time, one per sample or one per action."""
+        """Compute the expert's inputs that depend on the time (one per sample or per action)."""
         features = self.suffix.time_features(time)
         cond = self.suffix.condition(features)
         modulations = None if cond is None else self.expert.modulations(cond.to(self.compute_dtype))
         return TimeConditioning(time, features, modulations)
 
     def time_conditionings(self, times: Sequence[float]) -> list[TimeConditioning]:
-        """`time_conditioning` of several times of a whole batch, which reads the matrices of the norms only once."""
-        # On the device: a GPU waits for a copy.
+        """Compute `time_conditioning` for several times at once, which reads the norms' matrices only once."""
+        # Created on the device: a copy from the host would make a GPU wait.
         on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=self.device) for t in times])
         at_all = self.time_conditioning(on_device)
         features = at_all.features.split(1)  # [1, d] each
@@ -236,7 +235,7 @@ class Pi0(nn.Module):
         return [TimeConditioning(*one) for one in zip(times, features, modulations, strict=True)]
 
     def step_conditionings(self, num_steps: int, *, action_prefix: bool) -> list[TimeConditioning]:
-        """`time_conditionings` of the Euler steps, and behind them of an action prefix, whose time is 0."""
+        """Compute `time_conditionings` for the Euler steps, followed by t = 0 if there is an action prefix."""
         return self.time_conditionings([*flow.euler_times(num_steps), *([0.0] if action_prefix else [])])
 
     def denoise_step(
@@ -245,11 +244,11 @@ class Pi0(nn.Module):
         x_t: Float32[Tensor, "B H A"],
         time: Float32[Tensor, " B"] | Float32[Tensor, "B H"] | TimeConditioning,
     ) -> Float32[Tensor, "B H A"]:
-        """The velocity v_t: the action expert over the suffix, with the prefix's keys and values in front of its own.
+        """Compute the velocity v_t: run the action expert over the suffix, which also attends to the cached prefix.
 
         Args:
-            cache: from `prefill`; the suffix's keys and values are written into its room.
-            time: one per sample, or one per action; or what is computed from it.
+            cache: output of `prefill`; the keys and values of the suffix are written into its free slots.
+            time: one per sample or per action, or the precomputed `time_conditioning`.
         """
         horizon = cache.suffix.rope[0].shape[1] - self.suffix.num_state_tokens
         require_shape("x_t of this cache", x_t, (len(cache.state), horizon, self.config.action_dim))
@@ -278,21 +277,21 @@ class Pi0(nn.Module):
         prefix_len: Int[Tensor, " B"] | Int[Tensor, "B R"] | None = None,
         loss_mask: Bool[Tensor, "B H A"] | Bool[Tensor, "B R H A"] | None = None,
     ) -> Float32[Tensor, "B H"] | Float32[Tensor, "B R H"]:
-        """The per-element flow-matching loss (v_t − u_t)², mean over the action dimensions.
+        """Compute the flow-matching loss (v_t − u_t)², averaged over the action dimensions.
 
-        Several samples of noise and time share one pass over the prefix, which is most of the work: its keys and values
-        do not depend on them.
+        With R samples of noise and time per observation, the prefix is run only once per observation: its keys and
+        values don't depend on noise or time. The prefix is most of the work.
 
         Args:
             actions: normalized and padded to action_dim.
-            noise: x at t = 1, one sample per observation or R of them.
-            time: t in (0, 1], one for each noise.
-            prefix_len: number of first actions that are known, at a time t = 0 of their own: training for real-time
-                chunking, see `model.rtc.ActionPrefix`. Their loss means nothing: mask it.
-            loss_mask: the elements of the loss; the others count as 0 in the mean.
+            noise: x at t = 1, one or R samples per observation.
+            time: t in (0, 1], one per noise sample.
+            prefix_len: length of the action prefix, whose actions get t = 0 (training for real-time chunking, see
+                `model.rtc.ActionPrefix`). The loss of the prefix is meaningless: mask it.
+            loss_mask: False for elements that count as 0 in the mean.
 
         Raises:
-            ValueError: shapes do not fit the model or each other.
+            ValueError: shapes don't match the model or each other.
         """
         self.check_actions(observation, actions, "Actions")
         require_shape("Noise", noise)
@@ -301,8 +300,8 @@ class Pi0(nn.Module):
         expected = (*actions.shape[:1], *noise.shape[1:-2])  # [B] or [B, R]
         if noise.shape != (*expected, *actions.shape[1:]) or time.shape != expected:
             raise ModelError(
-                f"Noise must be {list(actions.shape)}, or R of them per observation, and time one number for each; got "
-                f"{list(noise.shape)} and {list(time.shape)}."
+                f"Noise must be {list(actions.shape)}, or have R samples per observation, and time one number for each "
+                f"sample; got {list(noise.shape)} and {list(time.shape)}."
             )
         for name, tensor, shape in (("prefix_len", prefix_len, time.shape), ("loss_mask", loss_mask, noise.shape)):
             if tensor is not None and tensor.shape != shape:
@@ -327,16 +326,16 @@ class Pi0(nn.Module):
         flow_samples_per_obs: int = 1,
         generator: torch.Generator | None = None,
     ) -> Float32[Tensor, "B H"]:
-        """The flow-matching loss: the mean of `forward` over the samples of noise and time of each observation.
+        """Compute the flow-matching loss: `forward`, averaged over the R samples of noise and time per observation.
 
         Args:
             actions: normalized and padded to action_dim.
             noise: x at t = 1, [B, H, A] or [B, R, H, A]; by default drawn from N(0, 1) with `generator`.
             time: [B] or [B, R]; by default drawn from Beta(1.5, 1)·0.999 + 0.001 with `generator`.
-            flow_samples_per_obs: R, where neither noise nor time is given.
+            flow_samples_per_obs: R, used if neither noise nor time is passed.
 
         Raises:
-            ValueError: shapes do not fit the model or each other.
+            ValueError: shapes don't match the model or each other.
         """
         if flow_samples_per_obs < 1:
             raise ModelError(f"flow_samples_per_obs must be a positive integer, got {flow_samples_per_obs}.")
@@ -367,16 +366,15 @@ class Pi0(nn.Module):
         """Integrate from noise to actions with `num_steps` Euler steps.
 
         Args:
-            noise: the start; by default drawn from N(0, 1) with `generator`. It decides the horizon where the config
-                leaves it unset.
-            guidance: the previous chunk, which this one has to continue (real-time chunking).
-            action_prefix: the first actions, which are known, for a model that was trained with such prefixes.
+            noise: x at t = 1; by default drawn from N(0, 1) with `generator`. Sets the horizon if the config does not.
+            guidance: steers the chunk towards the previous one (real-time chunking).
+            action_prefix: known first actions, for a model trained with action prefixes (real-time chunking).
 
         Returns:
             Normalized actions, padded to action_dim.
 
         Raises:
-            ValueError: shapes do not fit the model or each other, or the horizon is neither given nor set.
+            ValueError: shapes don't match the model or each other, or neither noise nor config sets the horizon.
         """
         if noise is not None:
             self.check_actions(observation, noise, "Noise")
@@ -396,18 +394,18 @@ class Pi0(nn.Module):
         guidance: Guidance | None = None,
         action_prefix: ActionPrefix | None = None,
     ) -> Samples:
-        """R samples of the actions of each observation, which share one pass over its prefix.
+        """Sample R action chunks per observation, which share one pass over the prefix.
 
         Args:
-            num_samples: R, where no noise is given; sample i is the same for every R above i.
-            guidance, action_prefix: one per observation, for all its samples. Others as in `sample_actions`.
+            num_samples: R, used if noise is not passed; sample i does not depend on R.
+            guidance, action_prefix: one per observation, shared by its samples. Other arguments as in `sample_actions`.
         """
         if noise is None:
             noise = self.draw_noise(observation.batch_size, generator, num_samples)
         self.check_actions(observation, noise, "Noise", num_samples="R, ")
         check_previous(noise[:, 0], guidance, action_prefix)
         prefix = self.embed_prefix(observation, drop_padding=True)
-        no_padding = bool(prefix[1].all())  # the last value that is read on the host
+        no_padding = bool(prefix[1].all())  # no value is read on the host after this one
         cache = self.prefill(observation, prefix, action_horizon=noise.shape[2], no_padding=no_padding)
         return self.denoise(cache, noise, num_steps=num_steps, guidance=guidance, action_prefix=action_prefix)
 
@@ -421,7 +419,7 @@ class Pi0(nn.Module):
         guidance: Guidance | None = None,
         action_prefix: ActionPrefix | None = None,
     ) -> Samples:
-        """The Euler steps of `sample_many` from a prefilled cache; arguments as there. Reads nothing on the host."""
+        """Run the Euler steps of `sample_many` from a prefilled cache, without reading a value on the host."""
         times = self.step_conditionings(num_steps, action_prefix=action_prefix is not None)
         velocity = functools.partial(self.denoise_step, cache.repeat(noise.shape[1]))
         return integrate(velocity, noise, times, guidance=guidance, action_prefix=action_prefix)
@@ -429,16 +427,15 @@ class Pi0(nn.Module):
     def draw_noise(
         self, batch: int, generator: torch.Generator | None, num_samples: int = 1
     ) -> Float32[Tensor, "B R H A"]:
-        """Noise from N(0, 1) for chunks of the config's horizon; drawn sample by sample, so that the first ones are the
-        same for any number."""
+        """Draw noise from N(0, 1), one sample index at a time, so that sample i does not depend on `num_samples`."""
         shape = (batch, *self.config.chunk_shape)
-        draws = [
+        noise = [
             torch.randn(shape, generator=generator, dtype=torch.float32, device=self.device) for _ in range(num_samples)
         ]
-        return torch.stack(draws, dim=1)
+        return torch.stack(noise, dim=1)
 
     def check_actions(self, observation: Observation, actions: Tensor, name: str, *, num_samples: str = "") -> None:
-        """Refuse actions or noise of another shape or dtype; `num_samples` "R, ": with that axis behind the batch's."""
+        """Raise a ModelError for a wrong shape or dtype; `num_samples` is "R, " if there is a sample axis."""
         require_shape(name, actions)
         horizon = self.config.action_horizon
         expected = f"[{observation.batch_size or 'B'}, {num_samples}{horizon or 'H'}, {self.config.action_dim}]"

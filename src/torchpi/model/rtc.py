@@ -1,15 +1,15 @@
-"""Real-time chunking: sampling a chunk that continues the one that the robot is executing.
+"""Real-time chunking (RTC): sample a chunk that continues the one that the robot is executing.
 
-While a chunk is computed, the robot executes the rest of the previous one. The new chunk has to agree with the actions
-that will have been executed when it arrives, and should continue the others smoothly. There are two ways, which both
-wrap `Pi0.denoise_step`:
+While a chunk is computed, the robot executes the rest of the previous one. The new chunk must agree with the actions
+that will have been executed when it arrives, and should continue the remaining ones smoothly. Two methods wrap
+`Pi0.denoise_step`:
 
-- `Guidance`, for any model: each Euler step is guided towards the previous chunk (training-free inpainting by ΠGDM).
-  The velocity is corrected by the gradient, through the model, of how far the chunk that it leads to is from the
-  previous one. Source: "Real-Time Execution of Action Chunking Flow Policies" (arXiv:2506.07339), equations 2 to 5; its
-  time τ is 1 − t here, and its velocity is −v_t.
-- `ActionPrefix`, for a model that was trained with such prefixes: the first actions are known, at a time t = 0 of
-  their own. Source: "Training-Time Action Conditioning for Efficient Real-Time Chunking" (arXiv:2512.05964).
+- `Guidance` works with any model: each Euler step is guided towards the previous chunk (training-free inpainting,
+  ΠGDM). The velocity is corrected by a gradient, taken through the model, of the distance between the predicted chunk
+  and the previous one. Source: "Real-Time Execution of Action Chunking Flow Policies" (arXiv:2506.07339), equations 2
+  to 5; τ in the paper is 1 − t here, and its velocity is −v_t.
+- `ActionPrefix` needs a model trained with action prefixes: the first actions are known and get t = 0.
+  Source: "Training-Time Action Conditioning for Efficient Real-Time Chunking" (arXiv:2512.05964).
 """
 
 import dataclasses
@@ -25,43 +25,43 @@ from torchpi.errors import ModelError
 from torchpi.model.suffix import TimeConditioning
 
 MAX_GUIDANCE = 5.0
-"""β: the paper's value; more does not agree better, and diverges with few steps."""
+"""β: the paper's value. A larger one does not improve the agreement, and diverges with few steps."""
 
 Velocity = Callable[[Float32[Tensor, "B H A"], TimeConditioning], Float32[Tensor, "B H A"]]
-"""v_t as a function of x_t and the time."""
+"""Computes v_t from x_t and the time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """The previous chunk, and the weight of each of its elements."""
+    """Guidance towards the previous chunk, with a weight per element."""
 
     target: Float32[Tensor, "B H A"]
-    """Y, normalized; finite everywhere, also where the weight is 0."""
+    """Y: the previous chunk, normalized; finite even where the weight is 0."""
     weight: Float32[Tensor, "B H A"]
-    """The diagonal of W, from 0 to 1; 0 where there is no target, at padding, and for a sample without guidance."""
+    """Diagonal of W, from 0 to 1; 0 where there is no target, at padding, and for samples without guidance."""
     maximum: float = MAX_GUIDANCE
-    """β."""
+    """β: upper bound of the guidance strength."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.maximum < math.inf:
-            raise ModelError(f"The guidance's maximum must be a finite number from 0 on, got {self.maximum}.")
+            raise ModelError(f"The guidance's maximum must be finite and not negative, got {self.maximum}.")
 
     def wrap(self, velocity: Velocity) -> Velocity:
-        """The velocity, corrected towards the target (equations 2 to 4)."""
+        """Correct the velocity towards the target (equations 2 to 4)."""
         if torch.is_inference_mode_enabled():
             raise ModelError(
-                "Guidance needs gradients, and torch.inference_mode has none; sample under torch.no_grad instead, or "
-                "with Policy.infer, which leaves it."
+                "Guidance needs gradients, which torch.inference_mode disables; sample under torch.no_grad instead, or "
+                "with Policy.infer, which leaves inference mode."
             )
 
         def guided(x_t: Float32[Tensor, "B H A"], time: TimeConditioning) -> Float32[Tensor, "B H A"]:
-            assert isinstance(time.time, float)  # one of the Euler steps
+            assert isinstance(time.time, float)  # the time of an Euler step
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
                 v_t = velocity(x, time)
-                reached = x - time.time * v_t  # the chunk at the end of a straight path from here
-                error = self.weight * (self.target - reached.detach())
-                (gradient,) = torch.autograd.grad(reached, x, error)
+                predicted = x - time.time * v_t  # the chunk at t = 0, at the end of a straight path from x
+                error = self.weight * (self.target - predicted.detach())
+                (gradient,) = torch.autograd.grad(predicted, x, error)
             return v_t.detach() - guidance_strength(time.time, self.maximum) * gradient
 
         return guided
@@ -69,22 +69,22 @@ class Guidance:
 
 @dataclasses.dataclass(frozen=True)
 class ActionPrefix:
-    """The first actions of a chunk, which are known."""
+    """Known first actions of a chunk."""
 
     actions: Float32[Tensor, "B H A"]
-    """Normalized; finite everywhere, also behind the prefix."""
+    """Normalized; finite even after the prefix."""
     mask: Bool[Tensor, "B H"]
     """True for the known actions."""
 
     def insert(self, x_t: Float32[Tensor, "B H A"]) -> Float32[Tensor, "B H A"]:
-        """x_t with the known actions in their place."""
+        """Replace the first actions of x_t by the known ones."""
         return torch.where(self.mask[:, :, None], self.actions, x_t)
 
     def wrap(self, velocity: Velocity, at_zero: TimeConditioning) -> Velocity:
-        """The velocity behind the prefix; it is 0 in the prefix, whose tokens have the time 0 and do not change.
+        """Give the prefix t = 0 and a velocity of 0, so that it does not change.
 
         Args:
-            at_zero: the conditioning of t = 0.
+            at_zero: time conditioning for t = 0.
         """
         known = self.mask[:, :, None]  # [B, H, 1]
         features_0 = at_zero.features.view(1, 1, -1)
@@ -92,7 +92,7 @@ class ActionPrefix:
 
         def prefixed(x_t: Float32[Tensor, "B H A"], time: TimeConditioning) -> Float32[Tensor, "B H A"]:
             modulations = None
-            if time.modulations is not None and modulations_0 is not None:  # of all norms at once: one launch
+            if time.modulations is not None and modulations_0 is not None:  # all norms in one kernel launch
                 modulations = torch.where(known, modulations_0, torch.stack(list(time.modulations))).unbind()
             features = torch.where(known, features_0, time.features.view(1, 1, -1))  # [B, H, d]
             per_token = TimeConditioning(time.time, features, modulations)
@@ -102,15 +102,15 @@ class ActionPrefix:
 
 
 class Samples(NamedTuple):
-    """R chunks per observation, and how their paths bend."""
+    """R chunks per observation, and the curvature of their paths."""
 
     actions: Float32[Tensor, "B R H A"]
     residual: Float32[Tensor, "B R H A"] | None
-    """(v_t − (x_1 − x_0))², mean over the Euler steps: 0 on a straight path, on which all steps have one velocity
-    ("Flow Straight and Fast", arXiv:2209.03003, its measure of straightness). None for R = 1."""
+    """(v_t − (x_1 − x_0))², averaged over the Euler steps: 0 on a straight path, where all steps have the same velocity
+    (measure of straightness in "Flow Straight and Fast", arXiv:2209.03003). None for R = 1."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Samples":
-        """Both, each by the function."""
+        """Apply a function to both tensors."""
         return Samples(function(self.actions), None if self.residual is None else function(self.residual))
 
 
@@ -118,7 +118,7 @@ _Part = TypeVar("_Part", Guidance, ActionPrefix)
 
 
 def _repeated(part: _Part | None, times: int) -> _Part | None:
-    """The same previous chunk for `times` samples in a row."""
+    """Repeat each observation's previous chunk `times` times in a row."""
     if part is None or times == 1:
         return part
     tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
@@ -127,7 +127,7 @@ def _repeated(part: _Part | None, times: int) -> _Part | None:
 
 
 def check_previous(noise: Tensor, guidance: Guidance | None, action_prefix: ActionPrefix | None) -> None:
-    """Refuse a previous chunk of another shape than the noise."""
+    """Raise a ModelError if the shape of the previous chunk differs from the noise."""
     for name, part in {"guidance": guidance, "action_prefix": action_prefix}.items():
         for field, value in vars(part).items() if part is not None else ():
             shape = noise.shape[:2] if field == "mask" else noise.shape
@@ -143,12 +143,12 @@ def integrate(
     guidance: Guidance | None = None,
     action_prefix: ActionPrefix | None = None,
 ) -> Samples:
-    """Euler steps from noise to actions.
+    """Integrate from noise to actions by Euler steps.
 
     Args:
-        velocity: of B·R chunks, the R of an observation in a row.
-        times: the conditioning of each step, and behind them that of the action prefix, if there is one.
-        guidance, action_prefix: one for each observation.
+        velocity: function of B·R chunks; the R chunks of an observation are consecutive.
+        times: time conditioning of each step, followed by that of the action prefix (t = 0) if there is one.
+        guidance, action_prefix: one per observation.
     """
     num_samples = noise.shape[1]
     guidance, action_prefix = _repeated(guidance, num_samples), _repeated(action_prefix, num_samples)
@@ -177,25 +177,25 @@ def integrate(
 def prefix_weights(
     horizon: int, delay: Int[Tensor, " B"], execution_horizon: Int[Tensor, " B"]
 ) -> Float32[Tensor, "B H"]:
-    """The weight of each step of the previous chunk in the guidance (equation 5).
+    """Compute the guidance weight of each step of the previous chunk (equation 5).
 
-    1 for the `delay` steps that will have been executed; exponentially less up to the last one that the previous chunk
-    reaches, H − `execution_horizon`; 0 behind.
+    It is 1 for the `delay` steps that will have been executed, then decays exponentially up to the end of the previous
+    chunk at H − `execution_horizon`, and is 0 after it.
 
     Args:
         horizon: H.
-        delay: d, in control steps; d ≤ H − s, or the previous chunk ends before the new one arrives.
-        execution_horizon: s, the number of steps executed since the inference of the previous chunk began.
+        delay: d, in control steps; at most H − s, otherwise the previous chunk ends before the new one arrives.
+        execution_horizon: s: number of steps executed since the inference of the previous chunk began.
     """
     i = torch.arange(horizon, device=delay.device)[None, :]
     d, end = delay[:, None], horizon - execution_horizon[:, None]
     c = ((end - i).float() / (end - d + 1)).clamp(0, 1)
-    fading = c * torch.expm1(c) / (math.e - 1)
-    return torch.where(i < d, 1.0, torch.where(i < end, fading, 0.0))
+    decay = c * torch.expm1(c) / (math.e - 1)
+    return torch.where(i < d, 1.0, torch.where(i < end, decay, 0.0))
 
 
 def guidance_strength(t: float, maximum: float) -> float:
-    """min(β, (τ² + (1 − τ)²)/(τ(1 − τ))) with τ = 1 − t; β at both ends, where the fraction has no value."""
+    """min(β, (τ² + (1 − τ)²)/(τ(1 − τ))) with τ = 1 − t; β at both ends, where the fraction is undefined."""
     tau = 1 - t
     product = tau * (1 - tau)
     return maximum if product <= 0 else min(maximum, (tau**2 + (1 - tau) ** 2) / product)

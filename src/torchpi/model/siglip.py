@@ -1,7 +1,7 @@
-"""SigLIP: the vision tower that turns one camera image into patch tokens for the backbone.
+"""SigLIP: the vision tower, which encodes a camera image as patch tokens for the backbone.
 
-Source: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343), the So400m/14 shape, as PaliGemma uses it
-(arXiv:2407.07726): no class token, no pooling, a linear projection to the backbone's width at the end.
+Source: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343), So400m/14, as used in PaliGemma
+(arXiv:2407.07726): no class token, no pooling, and a final linear projection to the backbone's width.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class EncoderBlock(nn.Module):
         self.fc2 = Linear(config.mlp_dim, config.width)
 
     def forward(self, x: Float[Tensor, "B P W"]) -> Float[Tensor, "B P W"]:
-        """One layer; every patch attends to every patch."""
+        """Run the layer; every patch attends to every patch."""
         qkv = self.qkv(float32_layer_norm(self.norm1, x))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.chunk(3, dim=-1))  # [B, P, heads, K]
         x = x + self.out(attend(q, k, v, mask=None))
@@ -49,18 +49,18 @@ class SigLIP(nn.Module):
         self.patch_embed = Linear(config.patch * config.patch * 3, config.width)
         if config.position == "learned":
             self.pos_embed = nn.Parameter(torch.empty(self.side * self.side, config.width))
-        # A ModuleList, which types as a list of anything.
+        # Cast, because the elements of a ModuleList have no static type.
         self.blocks = cast("Sequence[EncoderBlock]", nn.ModuleList(EncoderBlock(config) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.head = Linear(config.width, out_width)
 
     def patchify(self, images: Float32[Tensor, "B h w 3"]) -> Float32[Tensor, "B P pixels"]:
-        """Cut images into patches, row by row; inside a patch the order is row, column, channel."""
+        """Cut images into patches, row by row; the order inside a patch is row, column, channel."""
         patch, side = self.config.patch, self.side
         if images.shape[1:3] != (side * patch, side * patch):
             raise ModelError(
-                f"The model sees images of {side * patch}×{side * patch} pixels, got {images.shape[1]}×"
-                f"{images.shape[2]}; torchpi.transforms.images.resize_with_pad brings them to size."
+                f"The model needs images of {side * patch}×{side * patch} pixels, got {images.shape[1]}×"
+                f"{images.shape[2]}; torchpi.transforms.images.resize_with_pad resizes them."
             )
         patches = images.unflatten(1, (side, patch)).unflatten(3, (side, patch))  # [B, side, patch, side, patch, 3]
         return patches.transpose(2, 3).reshape(images.shape[0], side * side, patch * patch * 3)
@@ -76,7 +76,7 @@ class SigLIP(nn.Module):
 
         Args:
             images: RGB in [-1, 1].
-            dtype: of the computation; patch and position embedding stay in float32.
+            dtype: dtype of the encoder layers; patch and position embeddings are computed in float32.
         """
         x = self.patch_embed(self.patchify(images)) + self.position_embedding()
         x = x.to(dtype)
@@ -85,9 +85,9 @@ class SigLIP(nn.Module):
         return self.head(float32_layer_norm(self.norm, x))
 
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Fill the weights as the original: xavier-uniform kernels, MLP biases N(0, 1e-6), position N(0, 1/√width),
-        head 0."""
-        lecun_normal_(self.patch_embed.weight, generator)  # a convolution there: flax's default for those
+        """Initialize the weights as openpi does: xavier-uniform matrices, MLP biases N(0, 1e-6), position embedding
+        N(0, 1/√width), head 0."""
+        lecun_normal_(self.patch_embed.weight, generator)  # flax's default for a convolution
         nn.init.zeros_(self.patch_embed.bias)
         if self.config.position == "learned":
             nn.init.normal_(self.pos_embed, std=self.config.width**-0.5, generator=generator)
@@ -96,8 +96,8 @@ class SigLIP(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            for kernel in (*block.qkv.weight.chunk(3), block.out.weight, block.fc1.weight, block.fc2.weight):
-                nn.init.xavier_uniform_(kernel, generator=generator)
+            for weight in (*block.qkv.weight.chunk(3), block.out.weight, block.fc1.weight, block.fc2.weight):
+                nn.init.xavier_uniform_(weight, generator=generator)
             nn.init.zeros_(block.qkv.bias)
             nn.init.zeros_(block.out.bias)
             nn.init.normal_(block.fc1.bias, std=1e-6, generator=generator)
@@ -109,9 +109,9 @@ class SigLIP(nn.Module):
 def posemb_sincos_2d(
     side: int, width: int, temperature: float = 10_000.0, *, device: torch.device | None = None
 ) -> Float32[Tensor, "P W"]:
-    """The fixed 2-D position embedding of MoCo v3 (arXiv:2104.02057): sines and cosines of column, then of row."""
-    place = torch.arange(side, device=device)
-    row, column = torch.meshgrid(place, place, indexing="ij")
+    """Fixed 2-D position embedding of MoCo v3 (arXiv:2104.02057): sine and cosine of the column, then of the row."""
+    index = torch.arange(side, device=device)
+    row, column = torch.meshgrid(index, index, indexing="ij")
     frequency = temperature ** -(torch.arange(width // 4, dtype=torch.float32, device=device) / max(width // 4 - 1, 1))
     y = row.flatten()[:, None] * frequency
     x = column.flatten()[:, None] * frequency

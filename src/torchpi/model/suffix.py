@@ -1,6 +1,6 @@
-"""The suffix: noisy actions, state and time as the action expert's tokens. π₀ and π₀.₅ differ here.
+"""The suffix: tokens of the action expert, made from noisy actions, state and time. π₀ and π₀.₅ differ here.
 
-Everything is computed in float32: these projections are small, and x_t is what the Euler steps integrate.
+Everything is computed in float32: these projections are small, and the Euler steps integrate x_t.
 """
 
 import dataclasses
@@ -19,25 +19,25 @@ from torchpi.model.layers import Linear, lecun_normal_
 
 @dataclasses.dataclass(frozen=True)
 class TimeConditioning:
-    """The action expert's inputs that depend on the time alone."""
+    """Inputs of the action expert that depend only on the time."""
 
     time: Float32[Tensor, "*B"] | float
-    """t, one per sample or per action, or of a whole batch."""
+    """t: one per sample, one per action, or a float for the whole batch."""
     features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"]
-    """`time_features` of the suffix."""
+    """Output of the suffix's `time_features`."""
     modulations: Sequence[Tensor] | None
     """Scale, shift and gate of each AdaRMSNorm, [#B, 1 or T, 3d]; None for π₀."""
 
 
 class TimeEmbedding:
-    """`posemb_sincos`, whose frequencies stay on the device of the times: a GPU would wait for a copy at each call."""
+    """`posemb_sincos` with the frequencies cached on the device: copying them in each call would make a GPU wait."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self._on_host = self._frequencies = angular_frequencies(dim // 2)
 
     def __call__(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
-        """The embedding of each time."""
+        """Embed each time."""
         if self._frequencies.device != time.device:
             with torch.inference_mode(False):  # the next call may be training
                 self._frequencies = self._on_host.to(time.device)
@@ -45,7 +45,7 @@ class TimeEmbedding:
 
 
 class Pi05Suffix(nn.Module):
-    """π₀.₅: action tokens only; the time becomes the condition of every AdaRMSNorm."""
+    """Suffix of π₀.₅: one token per action; the time conditions every AdaRMSNorm."""
 
     num_state_tokens = 0
 
@@ -58,11 +58,11 @@ class Pi05Suffix(nn.Module):
         self.time_mlp_out = Linear(width, width)
 
     def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
-        """The time, one per sample or one per action, through the MLP: the condition of the norms."""
+        """Embed the time (one per sample or per action) and apply the MLP."""
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(self.embed_time(time)))))
 
     def condition(self, time_features: Float32[Tensor, "*B d"]) -> Float32[Tensor, "*B d"] | None:
-        """adarms_cond, the condition of the expert's norms."""
+        """Condition of the expert's norms (adarms_cond): the time features."""
         return time_features
 
     def forward(
@@ -71,18 +71,18 @@ class Pi05Suffix(nn.Module):
         noisy_actions: Float32[Tensor, "B H A"],
         time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
     ) -> Float32[Tensor, "B T d"]:
-        """The suffix tokens: one per action. The state is not read, it is in the prompt's text."""
+        """Embed the suffix tokens, one per action. The state is ignored: it is in the prompt text."""
         return self.action_in_proj(noisy_actions)
 
     def ar_mask(self, action_horizon: int, device: torch.device) -> Bool[Tensor, " T"]:
-        """One group behind the prefix: all actions see each other."""
+        """One group after the prefix: all actions attend to each other."""
         mask = torch.zeros(action_horizon, dtype=torch.bool, device=device)
         mask[0] = True
         return mask
 
 
 class Pi0Suffix(nn.Module):
-    """π₀: a state token, then one token per action into which the time is mixed; the expert has no condition."""
+    """Suffix of π₀: a state token, then one token per action with the time mixed in. The norms have no condition."""
 
     num_state_tokens = 1
 
@@ -96,11 +96,11 @@ class Pi0Suffix(nn.Module):
         self.action_time_mlp_out = Linear(width, width)
 
     def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
-        """The embedded time, one per sample or one per action."""
+        """Embed the time (one per sample or per action)."""
         return self.embed_time(time)
 
     def condition(self, time_features: Float32[Tensor, "*B d"]) -> None:
-        """None: the time is in the tokens."""
+        """No condition: the time is mixed into the tokens."""
         return
 
     def forward(
@@ -109,7 +109,7 @@ class Pi0Suffix(nn.Module):
         noisy_actions: Float32[Tensor, "B H A"],
         time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
     ) -> Float32[Tensor, "B T d"]:
-        """The suffix tokens: the state, then one per action."""
+        """Embed the suffix tokens: the state, then one token per action."""
         if state.shape[-1] != self.state_proj.in_features:
             raise ModelError(
                 f"π₀ reads a state padded to action_dim {self.state_proj.in_features}, got {list(state.shape)}."
@@ -121,14 +121,14 @@ class Pi0Suffix(nn.Module):
         return torch.cat([self.state_proj(state)[:, None, :], mixed], dim=1)
 
     def ar_mask(self, action_horizon: int, device: torch.device) -> Bool[Tensor, " T"]:
-        """Two groups behind the prefix: the state, which does not see the actions, and the actions."""
+        """Two groups after the prefix: the state, which does not attend to the actions, then the actions."""
         mask = torch.zeros(1 + action_horizon, dtype=torch.bool, device=device)
         mask[:2] = True
         return mask
 
 
 def init_projections(module: nn.Module, generator: torch.Generator | None) -> None:
-    """All linear layers in a module as in the original: lecun-normal kernels, biases 0."""
+    """Initialize all linear layers of a module as openpi does: lecun-normal weights, biases 0."""
     for layer in module.modules():
         if isinstance(layer, Linear):
             lecun_normal_(layer.weight, generator)

@@ -1,4 +1,4 @@
-"""Robots as data; `get_embodiment` finds one by name, by file or as the object itself."""
+"""Embodiments: descriptions of robots as data. `get_embodiment` loads one by name or from a file."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from torchpi.transforms.depth import DepthMapping as DepthMapping
 
 
 def get_embodiment(embodiment: Any) -> Embodiment:
-    """An embodiment by its registered name, or from a JSON file as `Embodiment.to_dict` gives it, or itself.
+    """Load an embodiment by name, or from a JSON file as written from `Embodiment.to_dict`.
 
-    Each object of a file may have a field `comment`, which is not read.
+    An Embodiment is returned unchanged. Objects in the file may have a field `comment`, which is ignored.
 
     Raises:
-        KeyError: neither a registered name nor a file.
-        FileNotFoundError: a path to a .json file that isn't there.
-        ValueError: the file isn't JSON or not an embodiment; an argument of another type.
+        KeyError: neither a known name nor a file.
+        FileNotFoundError: the .json file does not exist.
+        ValueError: the file is not JSON or not an embodiment; an argument of the wrong type.
     """
     if isinstance(embodiment, Embodiment):
         return embodiment

@@ -1,4 +1,4 @@
-"""A robot as data: its cameras, its state and its actions, in the order in which a policy was trained with them."""
+"""Description of a robot as data: its cameras, state and actions, in the order that a policy was trained with."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from torchpi.transforms.prompt import as_text
 
 @dataclasses.dataclass(frozen=True)
 class _Generic:
-    """The arguments of `Embodiment.generic`, for a check of their types."""
+    """Schema of the arguments of `Embodiment.generic`."""
 
     cameras: dict[str, str]
     state: tuple[str, ...]
@@ -32,9 +32,9 @@ class _Generic:
 
 @dataclasses.dataclass(frozen=True)
 class Embodiment:
-    """A robot: what it sends, what the model reads of it, and what it is sent back.
+    """A robot: its observations, which parts of them the model reads, and its actions.
 
-    A robot of your own needs no code:
+    Describe your own robot without code:
 
         Embodiment.generic(
             "my_arm",
@@ -47,60 +47,58 @@ class Embodiment:
             execute_steps=15,
         )
 
-    `command` says what the robot does with an action; the control loop holds the robot still by it.
-
-    Its observations are {"front": uint8 [h, w, 3], "wrist": uint8 [h, w, 3], "state": [4], "prompt": str}.
+    Its observations are {"front": uint8 [h, w, 3], "wrist": uint8 [h, w, 3], "state": [4], "prompt": str}. `command`
+    says how the robot interprets an action; the control loop needs it to hold the robot still.
 
     Raises:
-        ValueError: fields that contradict each other.
+        ValueError: fields contradict each other.
     """
 
     name: str
     """Name, shown in messages."""
     cameras: tuple[Camera, ...]
-    """In the order in which the model reads them."""
+    """Cameras, in the order in which the model reads them."""
     state: tuple[StateKey, ...]
-    """The parts of the state vector, in order; none: the policy reads no state."""
+    """Parts of the state vector, in order; empty if the policy reads no state."""
     actions: tuple[ActionDim, ...]
-    """The dimensions of an action, in order."""
+    """Dimensions of an action, in order."""
     hook: str | None = None
-    """Name of code in `HOOKS` that converts units; None: the robot's units are the model's."""
+    """Name of the unit conversion in `HOOKS`; None: the robot's units are the model's."""
     control_hz: float | int | None = None
-    """Actions per second that the robot executes."""
+    """Control rate in actions per second."""
     execute_steps: int | None = None
-    """Recommended number of a chunk's actions to execute before asking for the next chunk."""
+    """Recommended number of actions to execute before requesting the next chunk."""
     default_prompt: str | None = None
-    """The instruction of a request that has none."""
+    """Instruction for requests without a prompt."""
     beyond_limits: str = "clip"
-    """Treatment of actions below `low` or above `high` of their dimension: "clip" them, and count them in the answer;
-    "refuse" the chunk; "send" them, as openpi does, to robots and control loops that keep the limits themselves."""
+    """What to do with actions beyond the limits of their dimension: "clip" them and report their number; "refuse" the
+    chunk; "send" them as openpi does, for robots and control loops that enforce limits themselves."""
     asset_id: str | None = None
-    """The name of the checkpoint's statistics for this robot: assets/<asset_id>."""
+    """Name of this robot's statistics in a checkpoint: assets/<asset_id>."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    """Whatever clients want to know; JSON."""
+    """Free JSON metadata for clients."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_warned", False)
         for field in ("cameras", "state", "actions"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        if problem := self._contradiction():
+        if problem := self._first_problem():
             raise EmbodimentError(f"Embodiment '{self.name}': {problem}")
 
-    def _contradiction(self) -> str | None:
-        """The first problem of the fields; None: there is none."""
+    def _first_problem(self) -> str | None:
         if not (self.read_cameras and self.actions):
             return "expected at least one camera that is read and one action."
         keys = [camera.key for camera in self.cameras if camera.key] + [part.key for part in self.state]
         for label, values in (("camera name", list(self.camera_names)), ("key", keys)):
-            if twice := sorted({value for value in values if values.count(value) > 1}):
-                return f"{label} {', '.join(twice)} occurs more than once."
+            if duplicates := sorted({value for value in values if values.count(value) > 1}):
+                return f"{label} {', '.join(duplicates)} occurs more than once."
         if any(part.min_dim not in (None, len(part.names)) for part in self.state[:-1]):
             return "only the last state may be shorter, or the dimensions would move."
-        if beyond := [action.name for action in self.actions[self.state_dims[0] :] if action.kind == "delta"]:
-            has = f"may have only {counted(self.state_dims[0], 'dimension')}" if self.state else "has none"
+        if stateless := [action.name for action in self.actions[self.state_dims[0] :] if action.kind == "delta"]:
+            size = f"may have only {counted(self.state_dims[0], 'dimension')}" if self.state else "has none"
             return (
-                f"the actions {', '.join(beyond)} are deltas, but the state {has}; a delta refers to the state of its "
-                "index."
+                f"the actions {', '.join(stateless)} are deltas, but the state {size}; a delta refers to the state of "
+                "the same index."
             )
         if self.hook is not None and self.hook not in HOOKS:
             return (
@@ -112,26 +110,26 @@ class Embodiment:
         if self.control_hz is not None and not self.control_hz > 0:
             return f"control_hz is {self.control_hz}; expected a positive number."
         if (steps := self.execute_steps) is not None and not (is_whole(steps) and steps > 0):
-            return f"execute_steps is {steps}; expected a positive number, and a whole one."
+            return f"execute_steps is {steps}; expected a positive whole number."
         return None
 
     def check_names(self, where: str | None = None) -> None:
-        """Raise an EmbodimentError for names that occur twice, and for a delta that has the name of another state.
+        """Raise an EmbodimentError for duplicate names, and for a delta with the name of a state at another index.
 
-        Not in the constructor: a trained policy is loaded as it is, with a warning.
+        The constructor does not call this: an already trained policy only gets a warning.
         """
         where, states = where or f"Embodiment '{self.name}'", self.state_names
         lists = {"actions": self.action_names, **{f"names of state {part.key!r}": part.names for part in self.state}}
         for label, names in lists.items():
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            if duplicates := sorted({name for name in names if names.count(name) > 1}):
                 raise EmbodimentError(
-                    f"{where}: the {label} have {', '.join(twice)} more than once; rename all but one."
+                    f"{where}: the {label} have {', '.join(duplicates)} more than once; rename all but one."
                 )
         for i, action in enumerate(self.actions):
             if action.kind == "delta" and action.name in states and states[i] != action.name:
                 raise EmbodimentError(
                     f"{where}: action {action.name!r} is a delta at index {i}, but the state has {action.name!r} at "
-                    f"index {states.index(action.name)} and {states[i]!r} at {i}; it would be taken between different "
+                    f"index {states.index(action.name)} and {states[i]!r} at {i}; the delta would be between different "
                     "joints. List state and actions in the same order, or make the action absolute."
                 )
 
@@ -149,39 +147,39 @@ class Embodiment:
         state_key: str = "state",
         **fields: Any,
     ) -> "Embodiment":
-        """A robot without conversions, all of whose cameras are required and uint8 [h, w, 3].
+        """Describe a robot without unit conversions whose cameras are all required and uint8 [h, w, 3].
 
         Args:
-            cameras: the model's camera name to the observation's key, in the model's order.
-            state, actions: the names of the dimensions; no state: [].
-            delta: which of the actions the model predicts relative to the state.
-            command: what the robot takes, see `ActionDim`: one for all actions, or per action.
-            limits: per action what of "low", "high" and "max_step" is known, see `ActionDim`.
-            state_key: where the state vector is in the observation.
+            cameras: observation key by the model's camera name, in the model's order.
+            state, actions: names of the dimensions; [] for no state.
+            delta: actions that the model predicts relative to the state.
+            command: how the robot interprets actions, see `ActionDim`: one for all, or by action name.
+            limits: by action name, any of "low", "high" and "max_step", see `ActionDim`.
+            state_key: key of the state vector in the observation.
             fields: further fields of the embodiment (control_hz, default_prompt, …).
 
         Raises:
-            ValueError: an argument of another form; delta, command or limits of an action that there isn't; names that
-                occur twice; a delta whose name the state has at another index; what the constructor raises.
+            ValueError: an argument of the wrong type; delta, command or limits of an unknown action; duplicate names; a
+                delta whose name the state has at another index; errors of the constructor.
         """
         label = f"Embodiment '{name}'"
-        given = {"cameras": cameras, "state": state, "actions": actions, "delta": delta, "command": command}
-        of = schema.parse(_Generic, given | {"limits": limits}, label, error=EmbodimentError)
-        commands = dict.fromkeys(of.actions, of.command) if isinstance(of.command, str) else of.command or {}
-        limits = of.limits or {}
-        for field, some in (("delta", of.delta), ("command", commands), ("limits", limits)):
-            if unknown := [action for action in some if action not in of.actions]:
-                raise EmbodimentError(f"{label}: {field} names {unknown}; expected some of {list(of.actions)}.")
+        arguments = {"cameras": cameras, "state": state, "actions": actions, "delta": delta, "command": command}
+        args = schema.parse(_Generic, arguments | {"limits": limits}, label, error=EmbodimentError)
+        commands = dict.fromkeys(args.actions, args.command) if isinstance(args.command, str) else args.command or {}
+        limits = args.limits or {}
+        for field, action_names in (("delta", args.delta), ("command", commands), ("limits", limits)):
+            if unknown := [action for action in action_names if action not in args.actions]:
+                raise EmbodimentError(f"{label}: {field} names {unknown}; expected some of {list(args.actions)}.")
         if unknown := sorted({field for limit in limits.values() for field in limit} - set(LIMITS)):
             raise EmbodimentError(f"{label}: limits have {unknown}; expected {', '.join(LIMITS)}.")
         dimensions = []
-        for action in of.actions:
-            kind = "delta" if action in of.delta else "absolute"
+        for action in args.actions:
+            kind = "delta" if action in args.delta else "absolute"
             dimensions.append(ActionDim(action, "", kind, commands.get(action), **limits.get(action, {})))
         robot = cls(
             name,
-            cameras=tuple(Camera(model_name, key) for model_name, key in of.cameras.items()),
-            state=(StateKey(state_key, of.state),) if of.state else (),
+            cameras=tuple(Camera(model_name, key) for model_name, key in args.cameras.items()),
+            state=(StateKey(state_key, args.state),) if args.state else (),
             actions=tuple(dimensions),
             **fields,
         )
@@ -190,12 +188,12 @@ class Embodiment:
 
     @property
     def read_cameras(self) -> tuple[Camera, ...]:
-        """The cameras that the model reads, in its order."""
+        """Cameras that the model reads, in its order."""
         return tuple(camera for camera in self.cameras if camera.presence != "ignored")
 
     @property
     def camera_names(self) -> tuple[str, ...]:
-        """The model's names of the cameras that it reads, in its order."""
+        """The model's names of its cameras, in its order."""
         return tuple(camera.name for camera in self.read_cameras if camera.name is not None)
 
     @property
@@ -204,7 +202,7 @@ class Embodiment:
 
     @property
     def state_units(self) -> tuple[str, ...]:
-        """The units of the state's dimensions, of all parts; "": not stated."""
+        """Units of the state dimensions; "" if not stated."""
         return tuple(unit for part in self.state for unit in part.units or ("",) * len(part.names))
 
     @property
@@ -213,29 +211,28 @@ class Embodiment:
 
     @property
     def action_units(self) -> tuple[str, ...]:
-        """The units of an action's dimensions; "": not stated."""
+        """Units of the action dimensions; "" if not stated."""
         return tuple(action.unit for action in self.actions)
 
     @property
     def state_dims(self) -> range:
-        """The lengths that the state may have."""
+        """Allowed lengths of the state."""
         return range(sum(part.dims[0] for part in self.state), len(self.state_names) + 1)
 
     @property
     def action_size(self) -> int:
-        """a: the number of dimensions of an action."""
+        """a: number of action dimensions."""
         return len(self.actions)
 
     @property
     def action_mask(self) -> tuple[bool, ...]:
-        """The action dimensions that are relative to the state for the model."""
+        """True for delta actions, per dimension."""
         return tuple(action.kind == "delta" for action in self.actions)
 
     @property
     def observation_format(self) -> dict[str, Any]:
-        """The form of an observation for a client: the keys of "cameras", with layout, dtype, presence and the unit of
-        depths, and of the parts of the "state", with the names and units of their dimensions; the instruction's is
-        "prompt"."""
+        """Description of an observation for clients: "cameras" with key, layout, dtype, presence and depth unit, and
+        "state" with the key, names and units of its parts. The key of the instruction is "prompt"."""
         cameras = [
             {"key": camera.key, "layout": camera.layout, "dtype": camera.dtype, "presence": camera.presence}
             | ({"depth_unit": camera.depth.unit} if camera.depth else {})
@@ -247,60 +244,64 @@ class Embodiment:
 
     @property
     def action_limits(self) -> dict[str, list[float | int | None]] | None:
-        """ "low", "high" and "max_step" of each dimension of an action; None: not stated, or nothing is at all."""
+        """ "low", "high" and "max_step" per action dimension, None where not stated; None if there are no limits."""
         limits = {field: [getattr(action, field) for action in self.actions] for field in LIMITS}
         return limits if any(value is not None for values in limits.values() for value in values) else None
 
     def to_model(
         self, observation: Any, *, default_prompt: str | None = None, state_dim: int | None = None
     ) -> dict[str, Any]:
-        """An observation of the robot as a sample in the model's terms; the argument is not changed.
+        """Convert an observation of the robot to the model's camera names and units. The argument is not changed.
+
+        Unknown keys that are not cameras cause one warning per object.
 
         Args:
-            observation: the robot's own keys, nested, or flat with '.' between them. In training also "actions"
-                [H, a] in the robot's units.
-            default_prompt: for an observation without "prompt"; None: the embodiment's.
-            state_dim: the only length of state to take, of those that the embodiment allows.
+            observation: the robot's own keys, nested or joined by '.'; in training also "actions" [H, a] in the robot's
+                units.
+            default_prompt: for an observation without "prompt"; by default the embodiment's.
+            state_dim: accept only this length of the state.
 
         Returns:
             "image" {camera: uint8 [h, w, 3]} and "image_mask" {camera: bool} in the embodiment's order, black and False
-            for an absent camera; "state" [s] in the model's units; "prompt" str; "actions" [H, a] in the model's units,
-            relative to the state where they are deltas, if given.
+            for an absent camera; "state" [s] in the model's units; "prompt" str; if the observation has actions,
+            "actions" [H, a] in the model's units, with deltas relative to the state.
 
         Raises:
-            KeyError: a required camera or a part of the state is missing, or there is an unknown camera.
-            ValueError: a value of another form, NaN or infinity; no prompt. Other unknown keys warn once per object.
+            KeyError: a required camera or part of the state is missing, or there is an unknown camera.
+            ValueError: a value of the wrong type or shape, NaN or infinity, or no prompt.
         """
         if not isinstance(observation, Mapping):
             raise EmbodimentError(
                 f"An observation is a dict with the robot's keys; found a {type(observation).__name__}."
             )
-        found = flatten(observation)
-        self._check_keys(found)
-        image, image_mask = self._images(found)
-        state = self._state(found, state_dim)
+        values = flatten(observation)
+        self._check_keys(values)
+        image, image_mask = self._images(values)
+        state = self._state(values, state_dim)
         hook = HOOKS[self.hook] if self.hook else None
         sample: dict[str, Any] = {
             "image": image,
             "image_mask": image_mask,
             "state": hook.state_to_model(state) if hook and self.state else state,
-            "prompt": self._prompt(found.get("prompt"), default_prompt),
+            "prompt": self._prompt(values.get("prompt"), default_prompt),
         }
-        if found.get("actions") is not None:
-            actions = numbers(found["actions"], "actions")
+        if values.get("actions") is not None:
+            actions = numbers(values["actions"], "actions")
             self._check_actions(actions)
             require_finite(actions, "actions", self.action_names)
-            actions = hook.actions_to_model(actions) if hook else actions
-            is_delta = any(self.action_mask)
-            sample["actions"] = delta_actions(actions, sample["state"], self.action_mask) if is_delta else actions
+            if hook:
+                actions = hook.actions_to_model(actions)
+            if any(self.action_mask):
+                actions = delta_actions(actions, sample["state"], self.action_mask)
+            sample["actions"] = actions
         return sample
 
     def from_model(self, actions: np.ndarray, state: np.ndarray) -> Float[np.ndarray, "H a"]:
-        """The model's actions in the robot's terms.
+        """Convert the model's actions to the robot's units.
 
         Args:
             actions: [H, a], unnormalized, without padding.
-            state: [s], the "state" that `to_model` returned.
+            state: [s], the "state" returned by `to_model`.
         """
         self._check_actions(actions)
         if any(self.action_mask):
@@ -310,15 +311,16 @@ class Embodiment:
     def example_observation(
         self, *, state_dim: int | None = None, state: Float[np.ndarray, " s"] | None = None
     ) -> dict[str, Any]:
-        """A request that `to_model` takes: the same noise images at every call, and a prompt.
+        """Build a valid observation: noise images (the same in every call), a state and a prompt.
 
         Args:
-            state_dim: length of a state of zeros; by default the largest.
-            state: in the model's units, in place of zeros.
+            state_dim: length of the state, which is zero; by default the largest.
+            state: use this state instead, in the model's units.
         """
-        rng, to_robot = np.random.default_rng(0), HOOKS[self.hook].state_to_robot if self.hook else np.asarray
+        rng = np.random.default_rng(0)
         flat: dict[str, Any] = {camera.key: camera.example(rng) for camera in self.read_cameras if camera.key}
         values = np.zeros(len(self.state_names) if state_dim is None else state_dim)
+        to_robot = HOOKS[self.hook].state_to_robot if self.hook else np.asarray
         if state is not None and to_robot is not None:
             values = to_robot(state)
         for part in self.state:  # only the last part may be shorter
@@ -327,12 +329,13 @@ class Embodiment:
         return nest(flat)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values, but for limits and mappings of depth that there aren't; `from_dict` reads it."""
+        """Convert to JSON values, which `from_dict` reads; unset limits and depth mappings are left out."""
         fields = dataclasses.asdict(dataclasses.replace(self, metadata=dict(self.metadata)))
         for part, optional in (("actions", LIMITS), ("cameras", ("depth",))):
-            for row in fields[part]:
-                for name in [name for name in optional if row[name] is None]:
-                    del row[name]
+            for entry in fields[part]:
+                for name in optional:
+                    if entry[name] is None:
+                        del entry[name]
         if self.beyond_limits == "clip":
             del fields["beyond_limits"]
         try:
@@ -342,28 +345,29 @@ class Embodiment:
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "embodiment") -> "Embodiment":
-        """Read what `to_dict` wrote; `where` is the document's name for messages."""
+        """Invert `to_dict`; `where` names the document in messages."""
         return schema.parse(cls, data, where, error=EmbodimentError)
 
-    def _check_keys(self, found: Mapping[str, Any]) -> None:
+    def _check_keys(self, values: Mapping[str, Any]) -> None:
         cameras = {camera.key for camera in self.cameras if camera.key}
         known = cameras | {part.key for part in self.state} | {"prompt", "actions"}
-        # A mapping in which only cameras are expected, such as "images": whatever else is in there is meant as a
-        # camera.
-        folders = {_folder(key) for key in cameras} - {_folder(key) for key in known - cameras} - {""}
-        unknown = [key for key in found if key not in known]
-        unknown_cameras = [key for key in unknown if getattr(found[key], "ndim", 0) >= 3 or _folder(key) in folders]
+        # Every key in a mapping that contains only cameras, such as "images", is meant as a camera.
+        camera_groups = {_group(key) for key in cameras} - {_group(key) for key in known - cameras} - {""}
+        unknown = [key for key in values if key not in known]
+        unknown_cameras = [
+            key for key in unknown if getattr(values[key], "ndim", 0) >= 3 or _group(key) in camera_groups
+        ]
         if unknown_cameras:
             raise UnknownKeyError(
                 f"Embodiment '{self.name}' has no camera {first_of([f'{key!r}' for key in unknown_cameras])}; "
                 f"its cameras are {self._cameras_text()}. Rename it, leave it out, or add it to the embodiment "
-                "(presence 'ignored' if the model shall not read it)."
+                "(presence 'ignored' if the model should not read it)."
             )
         if unknown and not self._warned:  # type: ignore[attr-defined]
             object.__setattr__(self, "_warned", True)
             warnings.warn(
-                f"Embodiment '{self.name}' doesn't read {first_of(unknown)} of the observation; "
-                f"it knows {', '.join(sorted(known))}.",
+                f"Embodiment '{self.name}' ignores {first_of(unknown)} of the observation; "
+                f"it reads {', '.join(sorted(known))}.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -371,40 +375,40 @@ class Embodiment:
     def _cameras_text(self) -> str:
         return ", ".join(f"{camera.key} ({camera.presence})" for camera in self.cameras if camera.key)
 
-    def _absent(self, label: str, verb: str, found: Mapping[str, Any], key: str | None) -> str:
-        if key in found:
-            return f"The observation's {label} is None, but embodiment '{self.name}' {verb} it; found {_listed(found)}"
-        return f"The observation has no {label}, which embodiment '{self.name}' {verb}; found {_listed(found)}"
+    def _missing(self, label: str, verb: str, values: Mapping[str, Any], key: str | None) -> str:
+        if key in values:
+            return f"The observation's {label} is None, but embodiment '{self.name}' {verb} it; found {_listed(values)}"
+        return f"The observation has no {label}, which embodiment '{self.name}' {verb}; found {_listed(values)}"
 
-    def _images(self, found: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    def _images(self, values: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
         present: dict[str, np.ndarray] = {}
         for camera in self.read_cameras:
-            value = None if camera.key is None else found.get(camera.key)
+            value = None if camera.key is None else values.get(camera.key)
             if value is not None:
                 present[str(camera.name)] = camera.read(value)
             elif camera.presence == "required":
                 label = f"image '{camera.key}' (camera {camera.name})"
                 raise UnknownKeyError(
-                    f"{self._absent(label, 'requires', found, camera.key)}; expected {self._cameras_text()}. "
-                    "Send it, or state it as optional (presence of the camera in the embodiment)."
+                    f"{self._missing(label, 'requires', values, camera.key)}; expected {self._cameras_text()}. "
+                    "Send it, or set the camera's presence to 'optional' in the embodiment."
                 )
         if not present:
             raise UnknownKeyError(
-                f"The observation has no image that embodiment '{self.name}' reads; found {_listed(found)}; expected "
+                f"The observation has no image that embodiment '{self.name}' reads; found {_listed(values)}; expected "
                 f"at least one of {self._cameras_text()}."
             )
         black = np.zeros_like(next(iter(present.values())))
         images = {name: present.get(name, black) for name in self.camera_names}
         return images, {name: name in present for name in self.camera_names}
 
-    def _state(self, found: Mapping[str, Any], state_dim: int | None) -> np.ndarray:
-        if missing := [part.key for part in self.state if found.get(part.key) is None]:
+    def _state(self, values: Mapping[str, Any], state_dim: int | None) -> np.ndarray:
+        if missing := [part.key for part in self.state if values.get(part.key) is None]:
             label = f"state '{missing[0]}'"
             raise UnknownKeyError(
-                f"{self._absent(label, 'reads', found, missing[0])}; expected "
+                f"{self._missing(label, 'reads', values, missing[0])}; expected "
                 f"{', '.join(part.key for part in self.state)}."
             )
-        parts = [part.read(found[part.key], self.name) for part in self.state]
+        parts = [part.read(values[part.key], self.name) for part in self.state]
         state = np.concatenate(parts) if parts else np.zeros(0)
         if state_dim is not None and len(state) != state_dim:
             raise EmbodimentError(
@@ -431,9 +435,10 @@ class Embodiment:
             )
 
 
-def _listed(found: Mapping[str, Any]) -> str:
-    return first_of([*found]) or "nothing"
+def _listed(values: Mapping[str, Any]) -> str:
+    return first_of([*values]) or "nothing"
 
 
-def _folder(key: str) -> str:
+def _group(key: str) -> str:
+    """Key of the mapping that contains a key."""
     return key.rpartition(".")[0]

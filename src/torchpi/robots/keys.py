@@ -1,11 +1,11 @@
-"""Keys of observations: nested mappings, or flat ones whose keys are joined by '.'."""
+"""Observation keys: conversion between nested mappings and flat ones with keys joined by '.'."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-    """The leaves of nested mappings by their joined keys; flat keys, or a mix of both, stay as they are."""
+    """Flatten nested mappings, joining their keys; flat keys, also mixed with nested ones, don't change."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -16,12 +16,12 @@ def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Invert `flatten`."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
-        *folders, last = key.split(".")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = value
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
     return tree

@@ -1,4 +1,4 @@
-"""The parts of an embodiment: cameras, pieces of the state, dimensions of an action, conversions of units."""
+"""Parts of an embodiment: cameras, parts of the state, action dimensions, and unit conversions (hooks)."""
 
 import dataclasses
 import math
@@ -16,33 +16,32 @@ PRESENCES = ("required", "optional", "masked", "ignored")
 KINDS = ("absolute", "delta")
 COMMANDS = ("position", "velocity", "increment", "effort")
 LIMITS = ("low", "high", "max_step")
-"""The fields of an `ActionDim` that limit what the robot is sent."""
+"""Fields of `ActionDim` that limit the actions sent to the robot."""
 BEYOND_LIMITS = ("clip", "refuse", "send")
 
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """One camera of the robot, of the model, or of both.
+    """A camera of the robot, of the model, or of both.
 
     Raises:
-        ValueError: a field has none of its values, or the presence doesn't fit name and key.
+        ValueError: a field has an unknown value, or the presence contradicts name and key.
     """
 
     name: str | None
-    """The model's name for it; None if the model doesn't read it (presence "ignored")."""
+    """The model's name of the camera; None if the model doesn't read it (presence "ignored")."""
     key: str | None
-    """Its place in the observation, nested keys joined by '.' ("images.cam_high"); None if the robot doesn't have
-    it."""
+    """Key in the observation, nested keys joined by '.' ("images.cam_high"); None if the robot lacks the camera."""
     presence: str = "required"
-    """"required"; "optional": absent means masked; "masked": the model has this camera, the robot doesn't; "ignored":
-    the robot may send it, the model doesn't read it."""
+    """"required"; "optional": masked if absent; "masked": a camera of the model that the robot lacks; "ignored": the
+    robot may send it, but the model doesn't read it."""
     layout: str = "hwc"
     """"hwc" [h, w, 3] or "chw" [3, h, w]."""
     dtype: str = "uint8"
-    """"uint8"; "float32", in [0, 1]; "any": uint8 or floating-point in [0, 1]. Of a depth camera "uint16",
-    "float32" or "any" of them, in the mapping's unit."""
+    """"uint8", "float32" in [0, 1], or "any" (uint8 or floating-point in [0, 1]). For a depth camera "uint16",
+    "float32" or "any", in the unit of the depth mapping."""
     depth: DepthMapping | None = None
-    """The colours of a depth camera's depths, for the model; None: it is no depth camera."""
+    """Mapping of depths to colours; None if this is not a depth camera."""
 
     def __post_init__(self) -> None:
         label = f"Camera {self.name or self.key!r}"
@@ -51,7 +50,8 @@ class Camera:
             _check_choice(label, field, getattr(self, field), allowed)
         if (self.key is None) != (self.presence == "masked"):
             raise EmbodimentError(
-                f"{label}: presence {self.presence!r} with key {self.key!r}; exactly a masked camera has no key."
+                f"{label}: presence {self.presence!r} with key {self.key!r}; a masked camera has no key, all others "
+                "need one."
             )
         if self.name is None and self.presence != "ignored":
             raise EmbodimentError(
@@ -59,12 +59,12 @@ class Camera:
             )
 
     def read(self, image: Any) -> np.ndarray:
-        """The image as uint8 [h, w, 3]."""
+        """Convert an image of the robot to uint8 [h, w, 3]."""
         read = to_uint8_hwc if self.depth is None else self.depth.read
         return read(image, layout=self.layout, dtype=self.dtype, camera=f"{self.name} ({self.key})")
 
     def as_sent(self, image: np.ndarray) -> np.ndarray:
-        """An image uint8 [h, w, 3], or depth [h, w, 1] in metres, as the robot sends it."""
+        """Convert an image uint8 [h, w, 3], or depth [h, w, 1] in metres, to the robot's format."""
         if self.depth is not None:
             image = self.depth.as_sent(image, self.dtype)
         elif self.dtype == "float32":
@@ -79,20 +79,20 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True)
 class StateKey:
-    """One part of the state; the parts are concatenated in the embodiment's order.
+    """Part of the state; the parts are concatenated in the embodiment's order.
 
     Raises:
-        ValueError: no names; not a unit for each; min_dim isn't between 1 and the number of names.
+        ValueError: no names; a number of units other than of names; min_dim out of range.
     """
 
     key: str
-    """Its place in the observation, nested keys joined by '.'."""
+    """Key in the observation, nested keys joined by '.'."""
     names: tuple[str, ...]
-    """One per dimension. The value is [d]; for a single dimension also a plain number."""
+    """Name of each dimension. The value is [d], or a plain number for a single dimension."""
     min_dim: int | None = None
-    """Fewest dimensions that may be sent, the last ones missing; None: all."""
+    """Smallest accepted number of dimensions; the last ones may be missing. None: all are required."""
     units: tuple[str, ...] = ()
-    """One per dimension, or empty: not stated."""
+    """Unit of each dimension; empty if not stated."""
 
     def __post_init__(self) -> None:
         for field in ("names", "units"):
@@ -101,18 +101,18 @@ class StateKey:
             raise EmbodimentError(f"State {self.key!r} has no names; expected one per dimension.")
         if self.units and len(self.units) != len(self.names):
             raise EmbodimentError(
-                f"State {self.key!r} has {len(self.names)} names and {len(self.units)} units; expected as many."
+                f"State {self.key!r} has {len(self.names)} names and {len(self.units)} units; expected one per name."
             )
         if self.min_dim is not None and not 1 <= self.min_dim <= len(self.names):
             raise EmbodimentError(f"State {self.key!r}: min_dim {self.min_dim}; expected 1 to {len(self.names)}.")
 
     @property
     def dims(self) -> range:
-        """The lengths that it may have."""
+        """Allowed lengths."""
         return range(self.min_dim or len(self.names), len(self.names) + 1)
 
     def read(self, value: Any, robot: str) -> np.ndarray:
-        """The finite numbers [d] of this part; `robot` is for messages."""
+        """Check and convert the value of this part to an array [d]; `robot` is the embodiment's name, for messages."""
         array = numbers(value, f"state '{self.key}'")
         if array.ndim == 0 and len(self.names) == 1:
             array = array.reshape(1)
@@ -128,30 +128,29 @@ class StateKey:
 
 @dataclasses.dataclass(frozen=True)
 class ActionDim:
-    """One dimension of an action.
+    """Dimension of an action.
 
     Raises:
-        ValueError: an unknown kind or command; limits that are not finite, a low that is not below high, a max_step
-            that is not positive.
+        ValueError: unknown kind or command; limits that are not finite; low not less than high; max_step not positive.
     """
 
     name: str
     """Name, shown in messages."""
     unit: str = ""
-    """Unit in which the robot takes it; empty: not stated."""
+    """The robot's unit; empty if not stated."""
     kind: str = "absolute"
-    """"delta": the model predicts the difference to the state of the same index at the beginning of the chunk;
-    "absolute": it predicts what the robot takes, even if the robot reads that as an increment."""
+    """"delta": the model predicts the difference to the state of the same index at the beginning of the chunk.
+    "absolute": the model predicts the robot's value, even if the robot interprets it as an increment."""
     command: str | None = None
-    """The meaning of the value to the robot: "position" (where to be), "velocity" (how fast to move), "increment" (how
-    far to move in this step) or "effort" (how strongly to push, as a gripper's force). It decides which action keeps
-    the robot still; None: not stated, and the control loop asks for it."""
+    """Interpretation of the value by the robot: "position" (where to be), "velocity" (how fast to move), "increment"
+    (how far to move in this step) or "effort" (for example a gripper's force). It determines the action that keeps the
+    robot still; None: not stated, but the control loop requires it."""
     low: float | int | None = None
-    """The least that the robot may be sent, in its units; None: not stated."""
+    """Lower limit of the sent value, in the robot's units; None: not stated."""
     high: float | int | None = None
-    """The most."""
+    """Upper limit of the sent value."""
     max_step: float | int | None = None
-    """The largest change from one action to the next, at the embodiment's control rate; None: not stated."""
+    """Largest change between consecutive actions, at the embodiment's control rate; None: not stated."""
 
     def __post_init__(self) -> None:
         label = f"Action {self.name!r}"
@@ -163,30 +162,31 @@ class ActionDim:
             if value is not None and not (isinstance(value, float | int | np.number) and math.isfinite(value)):
                 raise EmbodimentError(f"{label}: {field} is {value}; expected a finite number, or none.")
         if self.low is not None and self.high is not None and not self.low < self.high:
-            raise EmbodimentError(f"{label}: low is {self.low} and high {self.high}; low must be below high.")
+            raise EmbodimentError(f"{label}: low is {self.low} and high {self.high}; low must be less than high.")
         if self.max_step is not None and not self.max_step > 0:
             raise EmbodimentError(f"{label}: max_step is {self.max_step}; expected a positive number.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Code for a robot whose units are not the model's; register it in `HOOKS` under the name that embodiments use."""
+    """Unit conversions for a robot whose units are not the model's; register them in `HOOKS` by name."""
 
     state_to_model: Callable[[np.ndarray], np.ndarray]
-    """[s] to [s]."""
+    """[s] → [s]."""
     actions_to_model: Callable[[np.ndarray], np.ndarray]
-    """[H, a] to [H, a], the inverse of actions_to_robot."""
+    """[H, a] → [H, a], the inverse of actions_to_robot."""
     actions_to_robot: Callable[[np.ndarray], np.ndarray]
-    """[H, a] to [H, a]."""
+    """[H, a] → [H, a]."""
     state_to_robot: Callable[[np.ndarray], np.ndarray] | None = None
-    """[s] to [s], the inverse of state_to_model, for example observations; None: they have a state of zeros."""
+    """[s] → [s], the inverse of state_to_model, used by `example_observation`; None: its state is then zero."""
 
 
 HOOKS: dict[str, Hook] = {}
 
 
 def numbers(value: Any, label: str) -> np.ndarray:
-    """A floating-point array; floats keep their dtype, because the state's text depends on it."""
+    """Convert to a floating-point array; floats keep their dtype, because the state's text in the prompt depends on
+    it."""
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors that NumPy does not read
@@ -197,7 +197,7 @@ def numbers(value: Any, label: str) -> np.ndarray:
         return array.astype(np.float64)
     if array.dtype.kind != "f":
         raise EmbodimentError(f"Cannot read {label}: it has dtype {array.dtype}; expected numbers.")
-    if array.dtype.itemsize > 8:  # PyTorch has no dtype for them
+    if array.dtype.itemsize > 8:  # PyTorch has no such dtype
         raise EmbodimentError(f"Cannot read {label}: it is {array.dtype}; expected floats of at most 64 bits.")
     if np.isfinite(array).all() and (magnitude := np.abs(array).max(initial=0)) > np.finfo(np.float32).max:
         raise EmbodimentError(f"Cannot read {label}: it reaches a magnitude of {magnitude:.3g}, beyond float32.")

@@ -1,4 +1,4 @@
-"""The robots that torchpi knows: data in assets/robots, three with arguments, and those of released policies."""
+"""Known robots: JSON files in assets/robots, three robots with arguments, and those of released policies."""
 
 import dataclasses
 import tomllib
@@ -14,11 +14,11 @@ from torchpi.schema import read_json, without_comments
 
 RELEASED = tomllib.loads((assets() / "released.toml").read_text(encoding="utf-8"))
 ROBOT_FILES = {file.stem: file for file in sorted((assets() / "robots").glob("*.json"))}
-"""The robots as data, each with a page in docs/robots. "comment" says where names, units, limits and rate are from."""
+"""JSON files by robot name; each robot has a page in docs/robots. "comment" states the sources of the data."""
 
 
 def read_embodiment(file: Path) -> Embodiment:
-    """The robot in a JSON file as `Embodiment.to_dict` gives it, with comments or without; see `get_embodiment`."""
+    """Read an embodiment from a JSON file, with or without comments; see `get_embodiment`."""
     where = f"The embodiment {file}"
     robot = Embodiment.from_dict(without_comments(read_json(file, error=EmbodimentError)), where=where)
     robot.check_names(where)
@@ -31,8 +31,8 @@ def aloha(*, adapt_to_pi: bool = True, delta_actions: bool = True) -> Embodiment
     Observation: "state" [14], "images" {cam_high, cam_left_wrist, cam_right_wrist, cam_low: [3, h, w]}, "prompt".
 
     Args:
-        adapt_to_pi: convert joints and grippers to the convention of π₀'s pre-training; False if a policy was trained
-            on ALOHA's own numbers.
+        adapt_to_pi: convert joints and grippers to the convention of π₀'s pre-training; False for a policy trained on
+            ALOHA's own units.
         delta_actions: the model predicts the twelve joints relative to the state; the grippers are always absolute.
     """
     robot = read_embodiment(ROBOT_FILES["aloha"])
@@ -58,11 +58,11 @@ def libero(*, delta_actions: bool = False, layout: str = "hwc", dtype: str = "ui
     """LIBERO: a simulated Franka arm, one fixed and one wrist camera.
 
     Observation: "observation/image", "observation/wrist_image", "observation/state" [8], "prompt"; the '/' belongs to
-    the keys. A state of 7 is taken as well, for policies that were trained on one.
+    the keys. A state of 7 dimensions is accepted too, for policies trained with one.
 
     Args:
-        delta_actions: the first six actions are relative to the state, as in openpi's π₀ configurations, which
-            subtract the pose although LIBERO's actions are increments already; π₀.₅'s are not.
+        delta_actions: the first six actions are relative to the state, as in openpi's π₀ configs, which subtract the
+            pose although LIBERO's actions are increments already; not so in its π₀.₅ config.
         layout, dtype: of both images, see `Camera`; LeRobot's datasets have "chw" and "float32".
     """
     robot = _with_images("libero", layout, dtype)
@@ -91,6 +91,6 @@ _WITH_ARGUMENTS: dict[str, Callable[..., Embodiment]] = {"aloha": aloha, "droid"
 EMBODIMENTS: dict[str, Callable[[], Embodiment]] = (
     {**_WITH_ARGUMENTS, "metaworld": metaworld}
     | {name: partial(read_embodiment, file) for name, file in ROBOT_FILES.items()}
-    | _WITH_ARGUMENTS  # in place of their files
+    | _WITH_ARGUMENTS  # override their files
     | {name: partial(_of_policy, name) for name in RELEASED["policies"]}
 )

@@ -1,5 +1,4 @@
-"""From one sample to the model's inputs and back, in NumPy; the parts are stateless and next to
-their inverses."""
+"""Transforms between a robot's sample and the model's inputs: NumPy, stateless, each next to its inverse."""
 
 from torchpi.transforms.actions import absolute_actions as absolute_actions
 from torchpi.transforms.actions import bool_mask as bool_mask

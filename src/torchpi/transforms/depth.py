@@ -1,4 +1,4 @@
-"""Depth images as the RGB images that the model reads, by a mapping that is part of the policy."""
+"""Mapping of depth images to the RGB images that the model reads; it is part of the policy."""
 
 import dataclasses
 import math
@@ -10,28 +10,28 @@ from jaxtyping import UInt8
 from torchpi.errors import EmbodimentError, TransformError
 
 UNITS = {"m": 1, "cm": 100, "mm": 1000}
-"""The number of each in a metre."""
+"""Depth units, with their number per metre."""
 DEPTH_DTYPES = ("uint16", "float32", "any")
 COLORMAPS = ("grey", "jet")
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthMapping:
-    """The colours of depths: near to far as black to white, or in a colour map.
+    """Colours for depths from near to far: black to white, or a colour map.
 
-    Farther pixels have far's colour; those that are nearer, zero, negative or NaN, which cameras send where they
-    measure nothing, are black.
+    Pixels beyond `far` get its colour. Pixels nearer than `near`, and zero, negative or NaN (cameras send these where
+    they measure nothing), are black.
 
     Raises:
-        ValueError: near isn't below far; an unknown unit or colour map.
+        ValueError: near isn't less than far; unknown unit or colour map.
     """
 
     near: float | int
-    """In metres, 0 or more."""
+    """Metres, at least 0."""
     far: float | int
-    """In metres."""
+    """Metres."""
     unit: str
-    """The unit of what the robot sends: "m", "cm" or "mm"."""
+    """Unit that the robot sends: "m", "cm" or "mm"."""
     colormap: str = "grey"
     """"grey" (black to white) or "jet" (blue, cyan, yellow, red)."""
 
@@ -45,12 +45,12 @@ class DepthMapping:
                 )
 
     def read(self, image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        """Map a depth image in the unit.
+        """Map a depth image to RGB.
 
         Args:
-            image: [h, w]; also [h, w, 1] for layout "hwc", [1, h, w] for "chw".
-            dtype: "uint16", "float32", or "any": uint16 or floating-point.
-            camera: its name, for messages.
+            image: [h, w], or [h, w, 1] for layout "hwc", or [1, h, w] for "chw"; in `unit`.
+            dtype: "uint16", "float32", or "any" (uint16 or floating-point).
+            camera: camera name, for messages.
         """
         array = image if isinstance(image, np.ndarray) else None
         if array is not None and array.ndim == 3 and array.shape[-1 if layout == "hwc" else 0] == 1:
@@ -64,30 +64,29 @@ class DepthMapping:
                 f"Depth camera '{camera}' sent {found}; expected depth in {self.unit}, {expected}, [height, width] or "
                 f"{shape}. Send what the sensor measures, without colours, or state its dtype in the embodiment."
             )
-        metres = np.round(array.astype(np.float64) / UNITS[self.unit], 5)  # of float32 the same as of integers
+        metres = np.round(array.astype(np.float64) / UNITS[self.unit], 5)  # rounded: float32 and integers then agree
         measured = metres[(metres > 0) & (metres < math.inf)]
         if measured.size and (measured.min() > 100 * self.far or measured.max() < self.near / 100):
             raise TransformError(
-                f"Depth camera '{camera}' sent depths from {measured.min():g} to {measured.max():g} m, read in "
-                f"{self.unit}; expected some near {self.near:g} to {self.far:g} m. State the robot's unit in the "
+                f"Depth camera '{camera}' sent depths from {measured.min():g} to {measured.max():g} m (read as "
+                f"{self.unit}); expected depths near {self.near:g} to {self.far:g} m. State the robot's unit in the "
                 "embodiment's camera."
             )
         visible = (metres >= self.near) & (metres > 0)  # False for NaN
         fraction = np.where(visible, metres - self.near, 0) / (self.far - self.near)
         levels = np.rint(255 * np.minimum(fraction, 1)).astype(np.uint8)
-        return _colours(self.colormap)[levels] * visible[..., None]
+        return _colour_table(self.colormap)[levels] * visible[..., None]
 
     def as_sent(self, metres: np.ndarray, dtype: str) -> np.ndarray:
-        """Depth in metres in the robot's unit and dtype, which `read` takes; NaN as 0 in integers."""
+        """Convert depth in metres to the robot's unit and dtype, as input of `read`; NaN becomes 0 in integers."""
         values = metres * UNITS[self.unit]
         if dtype != "uint16":
             return values.astype(np.float32)
         return np.rint(np.nan_to_num(values, posinf=65535)).clip(0, 65535).astype(np.uint16)
 
 
-def _colours(colormap: str) -> UInt8[np.ndarray, "256 3"]:
-    """The colours of the levels, near to far."""
+def _colour_table(colormap: str) -> UInt8[np.ndarray, "256 3"]:
     levels = np.arange(256)[:, None] / 255
-    if colormap == "jet":  # MATLAB's: each channel is a trapezoid, a quarter of the range apart from the next
+    if colormap == "jet":  # as in MATLAB: each channel is a trapezoid, shifted by a quarter of the range
         return np.rint(255 * (1.5 - np.abs(4 * levels - [3, 2, 1])).clip(0, 1)).astype(np.uint8)
     return np.rint(255 * levels * [1, 1, 1]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Normalization of state and actions by a dataset's statistics, and its inverse."""
+"""Normalization of state and actions by dataset statistics, and its inverse."""
 
 import dataclasses
 import json
@@ -17,77 +17,78 @@ KINDS = ("z_score", "quantile", "identity")
 EPS_RULES = ("openpi", "lerobot")
 
 DEVIATIONS = 2.326
-"""From a normal distribution's mean to its q01 and q99."""
+"""Distance of q01 and q99 from the mean of a normal distribution, in standard deviations."""
 MAX_STATISTIC = 1e12
-"""Largest magnitude of a statistic; no robot's numbers are as large, and actions that it scales stay within float32."""
-_ROUNDING = 1e-6  # relative; what varies less than this is constant
-_EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
+"""Largest accepted magnitude of a statistic: larger than any robot's values, and scaled actions still fit float32."""
+_ROUNDING = 1e-6  # relative variation up to which a dimension counts as constant
+_EPS = 1e-6  # openpi's eps, added to the deviation or the range in both directions
 _LEROBOT_EPS = np.float32(1e-8)
-_TOLERANCE = 2e-5  # of a dimension's range, in statistics that are rewritten for another rule
+_TOLERANCE = 2e-5  # error allowed by `rewrite_stats`, as a fraction of a dimension's range
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormStats:
-    """Statistics of one quantity (state or actions), one value per dimension, float64; none of a state without any.
+    """Statistics of state or actions: float64 [d] each, empty for a robot without a state.
 
     Raises:
-        ValueError: not one-dimensional, of unequal lengths, NaN, infinite or beyond 1e12, a negative deviation, q99
-            below q01, or one quantile without the other.
+        ValueError: not one-dimensional, unequal lengths, NaN, infinite or beyond 1e12, a negative deviation, q99 below
+            q01, or only one of the quantiles.
     """
 
     mean: np.ndarray
     std: np.ndarray
     q01: np.ndarray | None = None
-    """The quantiles of 1 % and 99 %."""
+    """1 % quantile."""
     q99: np.ndarray | None = None
+    """99 % quantile."""
 
     def __post_init__(self) -> None:
-        given = {name: _statistic(name, value) for name, value in vars(self).items() if value is not None}
-        for name, array in given.items():
+        arrays = {name: _statistic(name, value) for name, value in vars(self).items() if value is not None}
+        for name, array in arrays.items():
             object.__setattr__(self, name, array)
         if (self.q01 is None) != (self.q99 is None):
             raise TransformError("Statistics have only one of q01 and q99; give both or none.")
-        lengths = {name: len(array) for name, array in given.items()}
+        lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise TransformError(
                 f"Statistics have unequal lengths {lengths}; expected one value per dimension in each."
             )
-        _require_none("std is negative", self.std < 0)
+        _reject_dims("std is negative", self.std < 0)
         if self.q01 is not None and self.q99 is not None:
-            _require_none("q99 is less than q01", self.q99 < self.q01)
+            _reject_dims("q99 is less than q01", self.q99 < self.q01)
 
     @property
     def dim(self) -> int:
         return len(self.mean)
 
     def training_range(self, kind: str = "quantile") -> tuple[np.ndarray, np.ndarray]:
-        """The range that holds 98 % of the training data, [d] and [d].
+        """Range of 98 % of the training data, as lower and upper bound, [d] each.
 
-        q01 to q99, or mean ± 2.326 std, as a normal distribution has them: where there are no quantiles, and for a
-        z-score where q01 = q99, because it divides by std. Infinite for "identity", which needs no statistics.
+        It is q01 to q99. Without quantiles, and for "z_score" (which divides by std) if q01 = q99, it is mean ± 2.326
+        std, the quantiles of a normal distribution. For "identity", which needs no statistics, it is infinite.
         """
         if kind == "identity":
             return np.full(self.dim, -np.inf), np.full(self.dim, np.inf)
         low, high = self.mean - DEVIATIONS * self.std, self.mean + DEVIATIONS * self.std
         if self.q01 is None or self.q99 is None:
             return low, high
-        by_deviation = (self.q01 == self.q99) & (kind == "z_score")
-        return np.where(by_deviation, low, self.q01), np.where(by_deviation, high, self.q99)
+        use_std = (self.q01 == self.q99) & (kind == "z_score")
+        return np.where(use_std, low, self.q01), np.where(use_std, high, self.q99)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """The normalization of a quantity.
+    """Normalization rule of state or actions.
 
     Raises:
-        ValueError: an unknown kind or eps rule.
+        ValueError: unknown kind or eps rule.
     """
 
     kind: str
-    """"z_score": (x - mean) / std; "quantile": q01 becomes -1 and q99 becomes 1; "identity": x."""
+    """"z_score": (x - mean) / std; "quantile": maps q01 to -1 and q99 to 1; "identity": x."""
     eps_rule: str = "openpi"
-    """"openpi": 1e-6 is added to std or q99 - q01, in both directions, in float64. "lerobot": 1e-8 is added to std on
-    the way to the model only, and stands for a range of 0, in float32."""
+    """"openpi": adds 1e-6 to std or q99 - q01, in both directions, in float64. "lerobot": adds 1e-8 to std when
+    normalizing only, and replaces a range of 0 by 1e-8, in float32."""
 
     def __post_init__(self) -> None:
         require_known("normalization kind", self.kind, KINDS)
@@ -95,14 +96,14 @@ class Normalization:
 
 
 def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
-    """Normalize the last axis, in the precision of the rule. Longer statistics are cut.
+    """Normalize the last axis, in the precision of the rule. Statistics longer than d are cut.
 
     Args:
         x: [..., d], in robot or model units.
-        what: the quantity's name, for the messages.
+        what: name of the quantity, for messages.
 
     Raises:
-        ValueError: the statistics are shorter than d, or have no quantiles and the rule asks for them.
+        ValueError: the statistics are shorter than d, or lack the quantiles that the rule needs.
     """
     if rule.kind == "identity":
         return x
@@ -110,7 +111,7 @@ def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str
     if stats.dim < d:
         raise TransformError(
             f"Cannot normalize {what}: it has {counted(d, 'dimension')}, but its statistics only {stats.dim}. "
-            "Send what they were computed from, or load the statistics of this robot (norm_stats=, asset_id=)."
+            "Send the data that they were computed from, or load this robot's statistics (norm_stats=, asset_id=)."
         )
     if rule.eps_rule == "lerobot":
         x = x.astype(np.float32)
@@ -125,13 +126,13 @@ def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str
 
 
 def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
-    """The inverse of `normalize`.
+    """Invert `normalize`.
 
-    Dimensions beyond the statistics (padding) are defined as in openpi: unchanged for quantiles, mean 0 and std 1 for
-    the z-score.
+    Dimensions beyond the statistics (padding) are treated as in openpi: "quantile" leaves them unchanged, "z_score"
+    assumes mean 0 and std 1.
 
     Raises:
-        ValueError: no quantiles, and the rule asks for them.
+        ValueError: the statistics lack the quantiles that the rule needs.
     """
     if rule.kind == "identity":
         return x
@@ -155,48 +156,58 @@ def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: s
 
 
 def openpi_rules(pi05: bool) -> dict[str, Normalization]:
-    """openpi's normalization of state and actions, which follows the variant."""
+    """openpi's normalization of state and actions for a variant."""
     return dict.fromkeys(("state", "actions"), Normalization("quantile" if pi05 else "z_score", "openpi"))
 
 
 def rewrite_stats(
     stats: NormStats, rule: Normalization, target: Normalization, *, what: str, names: Sequence[str]
 ) -> tuple[NormStats, list[str]]:
-    """Statistics with which the rule `target` gives the numbers of `rule`: of the "state" on the way to the model, of
-    "actions" on the way back. And of the dimensions in `names` those that (nearly) don't vary, where whatever differs
-    from their constant is scaled otherwise, because a rule can't divide by less than its eps.
+    """Rewrite statistics so that the rule `target` gives the same results as `rule`.
+
+    Args:
+        what: "state" (same results when normalizing) or "actions" (same results when unnormalizing).
+        names: names of the dimensions.
+
+    Returns:
+        The new statistics, and the names of (nearly) constant dimensions in which deviations from the constant are
+        scaled differently, because a rule can't divide by less than its eps.
 
     Raises:
         ValueError: another dimension would be off by more than 2e-5 of its range.
     """
     if rule == target or rule.kind == target.kind == "identity":
         return stats, []
-    value, at, scale = _line(stats, rule, what)
+    value, normalized, scale = _affine(stats, rule, what)
     eps = _EPS if target.eps_rule == "openpi" else 0.0
     if target.kind == "z_score":
         eps = eps or (float(_LEROBOT_EPS) if what == "state" else 0.0)
         std = np.maximum(scale - eps, 0)
-        new = dataclasses.replace(stats, mean=value - at * (std + eps), std=std)
+        new = dataclasses.replace(stats, mean=value - normalized * (std + eps), std=std)
     else:
         span = np.maximum(2 * scale - eps, 0)
-        q01 = value - (at + 1) * (span + eps) / 2
+        q01 = value - (normalized + 1) * (span + eps) / 2
         new = dataclasses.replace(stats, q01=q01, q99=q01 + span)
-    there, at_there, scale_there = _line(new, target, what)
-    shift = abs((there - at_there * scale_there) - (value - at * scale))
-    off = np.maximum(shift, abs(scale_there - scale)) > 2 * _TOLERANCE * scale
-    constant = set(constant_dims(stats, rule.kind, what=what))
-    different = {i: name for i, (name, is_off) in enumerate(zip(names, off, strict=False)) if is_off}
-    if wrong := [name for i, name in different.items() if i not in constant]:
+    new_value, new_normalized, new_scale = _affine(new, target, what)
+    shift = abs((new_value - new_normalized * new_scale) - (value - normalized * scale))
+    is_different = np.maximum(shift, abs(new_scale - scale)) > 2 * _TOLERANCE * scale
+    different = [i for i in np.flatnonzero(is_different).tolist() if i < len(names)]
+    constant = constant_dims(stats, rule.kind, what=what)
+    if not_constant := [names[i] for i in different if i not in constant]:
         raise TransformError(
-            f"Normalization by {rule.kind} can't be said as {target.kind} with {target.eps_rule}'s eps for {what} "
-            f"{', '.join(wrong)}: the range there is too narrow, the numbers would change by more than "
+            f"Normalization by {rule.kind} can't be expressed as {target.kind} with {target.eps_rule}'s eps for {what} "
+            f"{', '.join(not_constant)}: the range there is too narrow, the numbers would change by more than "
             f"{_TOLERANCE:g} of it. Give the dimension a larger unit, or leave it out."
         )
-    return new, list(different.values())
+    return new, [names[i] for i in different]
 
 
-def _line(stats: NormStats, rule: Normalization, what: str) -> tuple[np.ndarray, float, np.ndarray]:
-    """The straight line that a rule is, in float64: a value, the number that it becomes, and the values per number."""
+def _affine(stats: NormStats, rule: Normalization, what: str) -> tuple[np.ndarray, float, np.ndarray]:
+    """A rule as an affine map in float64: x = value + (y − normalized) · scale for the normalized number y.
+
+    Returns:
+        value, normalized, scale.
+    """
     if rule.kind == "identity":
         return np.zeros(stats.dim), 0.0, np.ones(stats.dim)
     is_lerobot, d = rule.eps_rule == "lerobot", stats.dim
@@ -213,7 +224,7 @@ def _line(stats: NormStats, rule: Normalization, what: str) -> tuple[np.ndarray,
 
 
 def constant_dims(stats: NormStats, kind: str, *, what: str = "x") -> list[int]:
-    """The dimensions that never vary in the statistics, but for rounding: there, only the eps divides."""
+    """List the dimensions that are constant in the statistics up to rounding, so that only the eps is divided by."""
     if kind == "identity":
         return []
     if kind == "z_score":
@@ -223,44 +234,45 @@ def constant_dims(stats: NormStats, kind: str, *, what: str = "x") -> list[int]:
 
 
 def narrow_dims(stats: NormStats, names: Sequence[str], kind: str = "quantile") -> list[str]:
-    """A message for each named dimension that a kind of normalization would blow up, because (nearly) all of its values
-    are the same."""
-    messages = {
-        i: f"{names[i]} never changes (it is {stats.mean[i]:.6g}): whatever differs from that is divided by 1e-6 when "
-        "it is normalized. Leave it out of the robot's state or actions, or record data in which it moves."
-        for i in constant_dims(stats, "z_score")
-        if i < len(names) and kind != "identity"
-    }
-    if kind != "quantile" or stats.q01 is None or stats.q99 is None:
-        return list(messages.values())
+    """Warn about each named dimension that normalization would blow up, because (nearly) all of its values are the
+    same."""
+    if kind == "identity":
+        return []
+    by_quantiles = kind == "quantile" and stats.q01 is not None and stats.q99 is not None
+    constant = constant_dims(stats, "z_score")
+    constant_quantiles = constant_dims(stats, "quantile") if by_quantiles else []
     advice = "Normalize by z_score, or widen its q01 and q99 in norm_stats.json."
-    constant = constant_dims(stats, "quantile")
-    for i, (name, std, low, high) in enumerate(zip(names, stats.std, stats.q01, stats.q99, strict=False)):
-        if i in messages:
-            continue
+    messages = []
+    for i, (name, mean, std) in enumerate(zip(names, stats.mean, stats.std, strict=False)):
+        low, high = (end[i] for end in stats.training_range(kind))
         if i in constant:
-            messages[i] = (
-                f"{name} is {low:.6g} in 98 % of the frames (q01 = q99): quantile normalization divides whatever "
-                f"differs by 1e-6. {advice}"
+            messages.append(
+                f"{name} never changes (it is {mean:.6g}): any deviation from that is divided by 1e-6 when it is "
+                "normalized. Leave it out of the robot's state or actions, or record data in which it moves."
             )
-        elif high - low < 0.01 * std:
-            messages[i] = (
+        elif i in constant_quantiles:
+            messages.append(
+                f"{name} is {low:.6g} in 98 % of the frames (q01 = q99): quantile normalization divides any deviation "
+                f"by 1e-6. {advice}"
+            )
+        elif by_quantiles and high - low < 0.01 * std:
+            messages.append(
                 f"{name} hardly moves: 98 % of its values are within {high - low:.3g} ({low:.4g} to {high:.4g}), but "
                 f"its standard deviation is {std:.3g}; quantile normalization makes the others larger than "
                 f"{std / (high - low):.0f}. {advice}"
             )
-    return [messages[i] for i in sorted(messages)]
+    return messages
 
 
 def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
     """Read openpi's norm_stats.json: {"norm_stats": {"state": {"mean": [...], "std": [...], "q01": ..., "q99": ...}}}.
 
     Args:
-        path: the file, or a folder that has a norm_stats.json.
+        path: the file, or a folder with a norm_stats.json.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't JSON of this layout, or `NormStats` rejects its values; the message names file and key.
+        ValueError: not JSON of this layout, or `NormStats` rejects the values; the message names file and key.
     """
     file = Path(path)
     if file.is_dir():
@@ -282,18 +294,18 @@ def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
                 f'{file}: "{key}" has {found}; expected an object with mean and std (and q01 and q99).'
             )
         try:
-            given = {name: values[name] for name in ("mean", "std", "q01", "q99") if values.get(name) is not None}
-            stats[key] = NormStats(**{name: _statistic(name, value) for name, value in given.items()})
+            present = [name for name in ("mean", "std", "q01", "q99") if values.get(name) is not None]
+            stats[key] = NormStats(**{name: _statistic(name, values[name]) for name in present})
         except ValueError as error:
             raise TransformError(f'{file}: "{key}": {error}') from error
     return stats
 
 
 def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
-    """Write openpi's `norm_stats.json`; every float64 is read back as it was.
+    """Write openpi's norm_stats.json; float64 values survive the round trip exactly.
 
     Args:
-        path: the file, or an existing folder to put norm_stats.json into.
+        path: the file, or an existing folder for norm_stats.json.
     """
     file = Path(path)
     if file.is_dir():
@@ -306,40 +318,40 @@ def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
 
 
 def require_known(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise an error about a setting that has none of its values."""
+    """Raise a TransformError unless a setting has one of its known values."""
     if value not in known:
         raise TransformError(f"Unknown {what} {value!r}; expected one of {', '.join(known)}.")
 
 
 def require_finite(x: np.ndarray, what: str, names: Sequence[str] = ()) -> None:
-    """Raise a ValueError that names the dimensions of the last axis in which there is a NaN or an infinity."""
+    """Raise a TransformError that names the dimensions (of the last axis) with NaN or infinity."""
     bad = np.flatnonzero(~np.isfinite(x).all(axis=tuple(range(x.ndim - 1))))
     if bad.size:
         dims = ", ".join(f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad.tolist())
         raise TransformError(
-            f"NaN or infinity in {what}, dimension {dims}; expected finite numbers. Check where it comes from."
+            f"NaN or infinity in {what}, dimension {dims}; expected finite numbers. Check the source of the data."
         )
 
 
 def _statistic(name: str, value: Any) -> np.ndarray:
     try:
-        array = np.array(value, dtype=np.float64)  # a copy: nobody changes it from outside
+        array = np.array(value, dtype=np.float64)  # a copy, so that the caller cannot change it
     except (TypeError, ValueError) as error:
         raise TransformError(f"Statistics: {name} is not a list of numbers: {error}") from error
     if array.ndim != 1:
         raise TransformError(
             f"Statistics: {name} has shape {list(array.shape)}; expected one value per dimension, [d]."
         )
-    _require_none(f"{name} is NaN or infinite", ~np.isfinite(array))
-    _require_none(f"{name} is beyond {MAX_STATISTIC:g}, as no robot's numbers are,", abs(array) > MAX_STATISTIC)
+    _reject_dims(f"{name} is NaN or infinite", ~np.isfinite(array))
+    _reject_dims(f"{name} exceeds {MAX_STATISTIC:g}, more than any robot's values,", abs(array) > MAX_STATISTIC)
     array.flags.writeable = False
     return array
 
 
-def _require_none(what: str, bad: np.ndarray) -> None:
-    if bad.any():
+def _reject_dims(problem: str, is_bad: np.ndarray) -> None:
+    if is_bad.any():
         raise TransformError(
-            f"Statistics: {what} in dimension {np.flatnonzero(bad).tolist()}. Compute them again from the data."
+            f"Statistics: {problem} in dimension {np.flatnonzero(is_bad).tolist()}. Compute them again from the data."
         )
 
 

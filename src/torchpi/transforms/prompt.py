@@ -1,7 +1,7 @@
-"""The instruction, and for most π₀.₅ policies the state, as token ids.
+"""Prompts: format the instruction (for most π₀.₅ policies with the state) and tokenize it.
 
-π₀'s prompt is the text, then a separately tokenized newline. π₀.₅'s prompt has the state in it, as 256-bin integers.
-Which of the two a policy uses follows its `discrete_state_input`, not its variant.
+π₀'s prompt is the instruction and a separately tokenized newline. π₀.₅'s prompt also contains the state, as integers of
+256 bins. A policy's `discrete_state_input` selects the format, not its variant.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from torchpi.transforms.normalize import require_finite, require_known
 
 TRUNCATIONS = ("instruction", "original")
 FORMATS = ("openpi", "lerobot")
-# Their texts in Gemma's tokenizers, and in others.
+# Texts of the special tokens, in Gemma's tokenizers and in others.
 SPECIAL_TOKENS = {
     "bos": ("<bos>", "<s>"),
     "eos": ("<eos>", "</s>"),
@@ -32,9 +32,11 @@ _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
 
 
 def as_text(prompt: Any) -> str:
-    """The prompt as str; str, bytes (UTF-8) and 0-d arrays of them, as they come over the wire and out of npz files."""
+    """Convert a prompt to str from str, UTF-8 bytes, or 0-d arrays of them (as in requests and npz files)."""
     if isinstance(prompt, str | np.ndarray) and (code := invalid_code_point(prompt)) is not None:
-        raise TransformError(f"The prompt has the code point {code:#x}, no Unicode character; decode its bytes again.")
+        raise TransformError(
+            f"The prompt has the code point {code:#x}, which is not a Unicode character; decode its bytes again."
+        )
     value = prompt.item() if isinstance(prompt, np.ndarray) and prompt.ndim == 0 else prompt
     if isinstance(value, bytes):
         try:
@@ -49,8 +51,8 @@ def as_text(prompt: Any) -> str:
 
 
 def invalid_code_point(text: Any) -> int | None:
-    """The first code point that is no Unicode character, in a str or an array of any dtype; None: all are."""
-    # NumPy keeps any 32 bits as a character; Python makes no str of what is beyond Unicode, and no bytes of surrogates.
+    """Find the first code point that is not a Unicode character in a str or array of strings; None if there is none."""
+    # NumPy accepts any 32 bits as a character; Python fails to decode values beyond Unicode, and to encode surrogates.
     array = np.asarray(text)
     if array.dtype.kind != "U":
         return None
@@ -60,14 +62,15 @@ def invalid_code_point(text: Any) -> int | None:
 
 
 def clean_text(text: str) -> str:
-    """Strip white space around the text, and make spaces of `_` and newlines inside."""
+    """Strip surrounding white space, and replace `_` and newlines by spaces."""
     return text.strip().replace("_", " ").replace("\n", " ")
 
 
 def digitize_state(state: np.ndarray) -> Int[np.ndarray, " s"]:
-    """The bins of a normalized state: 0 to 255 from -1 to 1, and -1 for everything below -1.
+    """Digitize a normalized state to bins 0 to 255 for values from -1 to 1, and -1 for values below -1.
 
-    Give it the state as the robot sent it, normalized, neither padded nor cast: float32 moves values across bin edges.
+    Args:
+        state: [s], normalized, neither padded nor cast: a cast to float32 can move a value across a bin edge.
 
     Raises:
         ValueError: not [s], or NaN or infinity in it.
@@ -81,20 +84,20 @@ def digitize_state(state: np.ndarray) -> Int[np.ndarray, " s"]:
 def prompt_text(
     prompt: Any, state: np.ndarray | None, *, discrete_state_input: bool, prompt_format: str = "openpi"
 ) -> str:
-    """The whole text of a prompt; arguments as of `tokenize_prompt`."""
-    instruction, pieces = _template(prompt, state, discrete_state_input, prompt_format)
-    return "".join(pieces(instruction))
+    """Format the whole text of a prompt; arguments as in `tokenize_prompt`."""
+    instruction, template = _template(prompt, state, discrete_state_input, prompt_format)
+    return "".join(template(instruction))
 
 
 def pi05_prompt_text(text: str, state: np.ndarray) -> str:
-    """π₀.₅'s prompt, as openpi writes it, from a raw instruction and a normalized state [s]."""
+    """Format π₀.₅'s prompt as openpi does, from a raw instruction and a normalized state [s]."""
     return prompt_text(text, state, discrete_state_input=True)
 
 
 def _template(
     prompt: Any, state: np.ndarray | None, discrete_state_input: bool, prompt_format: str
 ) -> tuple[str, Callable[[str], list[str]]]:
-    """The instruction, and the text around any instruction, in the parts that are tokenized by themselves."""
+    """Return the cleaned instruction, and a function from an instruction to the parts that are tokenized separately."""
     text = as_text(prompt)
     if discrete_state_input:
         if state is None:
@@ -109,33 +112,33 @@ def _template(
 
 
 def check_prompt_settings(prompt_format: str, truncation: str) -> None:
-    """Raise an error about an unknown prompt format or truncation."""
+    """Raise a TransformError for an unknown prompt format or truncation."""
     require_known("truncation", truncation, TRUNCATIONS)
     require_known("prompt format", prompt_format, FORMATS)
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A tokenizer as a policy needs it."""
+    """Tokenizer interface of a policy."""
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids; all ids are below."""
+        """Number of ids; all ids are smaller."""
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The texts of bos, eos, pad and unk, as far as there are such tokens."""
+        """Texts of bos, eos, pad and unk, for the tokens that exist."""
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """The ids of a text, after the beginning-of-sequence id if asked for; never an end-of-sequence id."""
+        """Encode a text, optionally after a beginning-of-sequence id; never adds an end-of-sequence id."""
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model (`tokenizer.model`), such as PaliGemma's.
+    """SentencePiece model (`tokenizer.model`), such as PaliGemma's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't a SentencePiece model, or has no beginning-of-sequence token.
+        ValueError: not a SentencePiece model, or no beginning-of-sequence token.
     """
 
     def __init__(self, path: str | Path):
@@ -169,11 +172,11 @@ class SentencePieceTokenizer:
 
 
 class HFTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library.
+    """`tokenizer.json` of the `tokenizers` library.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't such a file, or has no beginning-of-sequence token "<bos>" (or "<s>").
+        ValueError: not such a file, or no beginning-of-sequence token "<bos>" (or "<s>").
     """
 
     def __init__(self, path: str | Path):
@@ -186,7 +189,7 @@ class HFTokenizer:
             raise TransformError(
                 f"{path} is not a tokenizer.json, or is damaged: {error}. Get the file again."
             ) from error
-        # A file may carry settings of its last use; lengths are tokenize_prompt's business.
+        # The file may contain padding and truncation settings; tokenize_prompt handles both.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if "bos" not in self.special_tokens:
@@ -201,27 +204,28 @@ class HFTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        known = {
-            name: [text for text in texts if self._tokenizer.token_to_id(text) is not None]
-            for name, texts in SPECIAL_TOKENS.items()
-        }
-        return {name: found[0] for name, found in known.items() if found}
+        tokens = {}
+        for name, texts in SPECIAL_TOKENS.items():
+            if in_vocab := [text for text in texts if self._tokenizer.token_to_id(text) is not None]:
+                tokens[name] = in_vocab[0]
+        return tokens
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
         try:
             ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # the library's, which is no Exception and has no module
+            if type(error).__name__ != "PanicException":  # of the library; not an Exception, and cannot be imported
                 raise
             raise TransformError(f"The policy's tokenizer.json fails at {text!a:.80}: {error}.") from error
         return [self._bos, *ids] if add_bos else ids  # type: ignore[list-item]
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:
-    """Load a tokenizer by what is in the file, not by its name.
+    """Load a tokenizer. Its type is recognised by the file's contents, not by its name.
 
     Args:
-        path: a SentencePiece model, a tokenizer.json, or a folder with one of them (both: the SentencePiece model).
+        path: a SentencePiece model, a tokenizer.json, or a folder with one of them (the SentencePiece model is
+            preferred).
 
     Raises:
         FileNotFoundError: no such file, or none in the folder.
@@ -232,7 +236,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The file of a tokenizer, which may be named by its folder."""
+    """Find the tokenizer file in a folder; the path of a file is returned unchanged."""
     file = Path(path)
     if not file.is_dir():
         return file
@@ -259,44 +263,50 @@ def tokenize_prompt(
     truncation: str = "instruction",
     warn: Callable[[str], None] | None = None,
 ) -> tuple[Int64[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
-    """Token ids and their mask, zeros and False behind the prompt.
+    """Tokenize a prompt; returns token ids and mask, padded with 0 and False.
 
     Args:
-        tokenizer: its ids are what the model was trained with.
-        prompt: the instruction, see `as_text`; it is cleaned here, except in LeRobot's format of π₀.
-        state: [s], normalized, not padded, in its own dtype; read only with discrete_state_input.
-        discrete_state_input: π₀.₅'s prompt with the state as text; otherwise π₀'s.
-        max_token_len: L; None: the prompt's own length, neither padded nor cut.
-        prompt_format: of π₀'s prompt; "openpi": the cleaned text, then a newline that is tokenized by itself;
-            "lerobot": the text as it is, with a newline at its end, as one text. π₀.₅'s is the same for both.
-        truncation: what happens to a prompt that is too long. "instruction": the instruction loses words at its end
-            (the last one letters) until state and ending fit behind it. "original": the tokens are cut at
-            max_token_len as openpi does, which takes the state's end and "Action: " away from the model.
-        warn: called with a message when something was cut; None: a UserWarning.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: instruction, see `as_text`; it is cleaned here, except for π₀ in LeRobot's format.
+        state: [s], normalized, not padded, in its own dtype; used only with discrete_state_input.
+        discrete_state_input: use π₀.₅'s format with the state as text, otherwise π₀'s.
+        max_token_len: L; None: neither pad nor cut the prompt.
+        prompt_format: π₀'s format. "openpi": the cleaned instruction, then a separately tokenized newline. "lerobot":
+            the instruction as it is, ending in a newline, tokenized as one text. π₀.₅'s format is the same for both.
+        truncation: how to cut a prompt that is too long. "instruction": remove words from the end of the instruction
+            (letters from its last word) until the whole prompt fits. "original": cut the tokens at max_token_len as
+            openpi does; the model then misses the end of the state and "Action: ".
+        warn: called with a message when something was cut; by default a UserWarning is issued.
 
     Raises:
-        ValueError: the prompt is no text; no state for a prompt that contains it; not even the empty instruction fits.
+        ValueError: the prompt is not text; the format needs a state but there is none; even an empty instruction does
+            not fit.
     """
     check_prompt_settings(prompt_format, truncation)
-    text, pieces = _template(prompt, state, discrete_state_input, prompt_format)
+    text, template = _template(prompt, state, discrete_state_input, prompt_format)
 
     def encode(instruction: str) -> list[int]:
-        first, *others = pieces(instruction)
+        first, *rest = template(instruction)
         ids = tokenizer.encode(first, add_bos=True)
-        return ids + [i for piece in others for i in tokenizer.encode(piece, add_bos=False)]
+        for part in rest:
+            ids = ids + tokenizer.encode(part, add_bos=False)
+        return ids
 
     ids = encode(text)
     if max_token_len is None:
         return np.array(ids, np.int64), np.ones(len(ids), bool)
     if len(ids) > max_token_len:
-        needed = len(ids)
+        num_tokens = len(ids)
         if truncation == "original":
-            ids, kept = ids[:max_token_len], "its end is cut, with it the state or the ending"
+            ids, action = ids[:max_token_len], "its end is cut, including the state or the ending"
         else:
             ids, shortened = _shorten(text, encode, max_token_len)
-            kept = f"the instruction is shortened to {shortened!r}"
-        shown = text if len(text) <= 200 else f"{text[:200]}…"
-        message = f"A prompt has {needed} tokens, but max_token_len is {max_token_len}: {kept}. It began as {shown!r}."
+            action = f"the instruction is shortened to {shortened!r}"
+        beginning = text if len(text) <= 200 else f"{text[:200]}…"
+        message = (
+            f"A prompt has {num_tokens} tokens, but max_token_len is {max_token_len}: {action}. It began as "
+            f"{beginning!r}."
+        )
         (warn or partial(warnings.warn, stacklevel=2))(message)
     tokens = np.zeros(max_token_len, np.int64)
     tokens[: len(ids)] = ids
@@ -304,25 +314,29 @@ def tokenize_prompt(
 
 
 def _shorten(text: str, encode: Callable[[str], list[int]], max_token_len: int) -> tuple[list[int], str]:
-    """The longest beginning of the text that fits, in whole words if at least one does, and its ids."""
-    if (least := len(encode(""))) > max_token_len:
+    """Shorten the text to the longest prefix that fits, in whole words if at least one fits; returns ids and prefix."""
+    if (num_tokens := len(encode(""))) > max_token_len:
         raise TransformError(
-            f"max_token_len {max_token_len} is too small: without any instruction the prompt has {least} tokens. "
+            f"max_token_len {max_token_len} is too small: without any instruction the prompt has {num_tokens} tokens. "
             "Use the max_token_len that the policy was trained with."
         )
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    end = _longest([0, *ends], lambda e: len(encode(text[:e])) <= max_token_len)
-    if end == 0 and ends:
-        end = _longest(range(ends[0]), lambda e: len(encode(text[:e])) <= max_token_len)
+
+    def fits(end: int) -> bool:
+        return len(encode(text[:end])) <= max_token_len
+
+    word_ends = [match.end() for match in re.finditer(r"\S+", text)]
+    end = _last_fitting([0, *word_ends], fits)
+    if end == 0 and word_ends:
+        end = _last_fitting(range(word_ends[0]), fits)
     return encode(text[:end]), text[:end]
 
 
-def _longest(ends: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The last entry that fits; the first one does.
+def _last_fitting(ends: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """Find the last entry that fits, given that the first one does.
 
-    Bisection, because a prompt may be of any length. A longer text can have a token less ("pu" against "put"), so it
-    also looks a few entries further.
+    Uses bisection, because a prompt can be long. A longer text can have one token less ("put" versus "pu"), so a few
+    entries after the result are tried as well.
     """
     i = bisect.bisect_right(ends, False, lo=1, key=lambda end: not fits(end)) - 1
-    ahead = [j for j in range(i + 1, min(i + 17, len(ends))) if fits(ends[j])]
-    return ends[max([i, *ahead])]
+    later = [j for j in range(i + 1, min(i + 17, len(ends))) if fits(ends[j])]
+    return ends[max([i, *later])]
