@@ -188,7 +188,7 @@ class Pi0Config:
 
     @property
     def state_in_prompt(self) -> bool:
-        """Whether the prompt contains the state as text; depends on the variant if `discrete_state_input` is unset."""
+        """True if the prompt contains the state as text; the variant decides if `discrete_state_input` is unset."""
         return self.pi05 if self.discrete_state_input is None else self.discrete_state_input
 
     @property
@@ -317,7 +317,7 @@ def preset(name: str) -> Pi0Config:
 
 
 Finetune = Literal["full", "frozen_vision", "expert", "lora", "lora_strict"]
-"""Which parameters to train, see `model.lora.trainable_parameters`."""
+"""Selection of the trainable parameters, see `model.lora.trainable_parameters`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Embodiment:
     default_prompt: str | None = None
     """Instruction for requests without a prompt."""
     beyond_limits: str = "clip"
-    """What to do with actions beyond the limits of their dimension: "clip" them and report their number; "refuse" the
+    """Handling of actions beyond the limits of their dimension: "clip" them and report their number; "refuse" the
     chunk; "send" them as openpi does, for robots and control loops that enforce limits themselves."""
     asset_id: str | None = None
     """Name of this robot's statistics in a checkpoint: assets/<asset_id>."""
