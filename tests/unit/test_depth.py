@@ -201,7 +201,7 @@ def test_depth_and_rgb_camera_may_share_the_end_of_their_names():
         (np.zeros((2, 3, 4), np.uint16), "sent uint16"),
         (np.zeros((0, 3), np.uint16), "sent uint16"),
         ([[1.0]], "sent list"),
-.* State the robot"),
+        ((DEPTH / 1000).astype(np.float32), "sent depths from 0.0002 to 0.00174 m .read as .*State the robot's unit"),
     ],
 )
 def test_robots_depth_of_another_form_is_an_error(image, message):
