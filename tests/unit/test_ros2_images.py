@@ -88,13 +88,13 @@ def test_camera_in_the_form_of_the_policy():
 @pytest.mark.parametrize(
     ("encoding", "depth_unit", "match"),
     [
-        ("16UC1", None, "expected rgb8, .* of a camera of colours: state it as a depth camera"),
-        ("mono16", None, "state it as a depth camera"),
-        ("rgb8", "mm", "expected 16UC1, .* leave depth_unit out"),
+        ("16UC1", None, "expected rgb8, .* for a colour camera: a depth camera has to be declared"),
+        ("mono16", None, "a depth camera has to be declared"),
+        ("rgb8", "mm", "expected 16UC1, .* for a depth camera: leave out depth_unit"),
         ("bayer_rggb8", None, "image_proc"),
-        ("8UC3", None, "does not say the order of the colours"),
-        ("nv12", None, "republish"),
-        ("rgb16", None, "republish"),
+        ("8UC3", None, "does not state the colour order"),
+        ("nv12", None, "convert the topic"),
+        ("rgb16", None, "convert the topic"),
         ("", None, "the encoding is ''"),
     ],
 )

@@ -159,7 +159,7 @@ def test_settings_of_the_documentation_are_valid():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"camera": {}}, "the file has the unknown camera; known are joints, "),
+        ({"camera": {}}, "the file has the unknown key camera; expected joints, "),
         ({"cameras": None}, "the file has no cameras"),
         ({"cameras": {}}, "at least one in cameras"),
         ({"cameras": {"front": "/front"}}, "cameras, 'front' is '/front'; expected a table"),
@@ -181,7 +181,7 @@ def test_settings_of_the_documentation_are_valid():
         ({"max_age": "1e-1"}, "max_age is '1e-1'; expected a number"),
         ({"time": "sim"}, "time is 'sim'; expected one of header, arrival"),
         ({"limits": "some"}, "limits is 'some'"),
-        ({"server": {"url": "ws://x", "token": "t"}}, "server has the unknown token"),
+        ({"server": {"url": "ws://x", "token": "t"}}, "server has the unknown key token"),
     ],
 )
 def test_wrong_settings_are_named(changes, match):
@@ -194,7 +194,7 @@ def test_files_that_are_no_settings(tmp_path):
         load_config("")
     file = tmp_path / "robot.yaml"
     for content, match in (
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("- 1", "the file is .1.; expected a table"),
         (yaml.safe_dump(SETTINGS) + "\nprompt: again\n", "prompt occurs twice"),
     ):
@@ -211,16 +211,16 @@ def test_files_that_are_no_settings(tmp_path):
             {},
             r"actions are arm, foot; the outputs carry arm, hand: hand unknown, foot missing",
         ),
-        ({"action_commands": ["position", "velocity"]}, {}, "trajectory of positions, but hand command no position"),
+        ({"action_commands": ["position", "velocity"]}, {}, "trajectory of positions, but hand are not position commands"),
         ({"action_names": ["arm", "hand", "hand"]}, {}, "actions have the name hand more than once"),
         ({"action_commands": None}, {}, "have no valid command"),
         ({"control_hz": None}, {}, "control_hz"),
         ({}, {"control": {"control_hz": 5}}, "control_hz is 5, but the policy's actions are for 10 Hz"),
-        ({}, {"control": {"speed": 5}}, "control has the unknown speed; known are action_commands"),
+        ({}, {"control": {"speed": 5}}, "control has the unknown key speed; expected action_commands"),
         ({}, {"control": {"mode": "fast"}}, "control: mode is 'fast'"),
-        ({}, {"limits": "server"}, "The server states no limits"),
+        ({}, {"limits": "server"}, "The server states no action limits"),
         ({}, {"limits": {"leg": {"low": 0}}}, "limits has leg; the policy's actions are arm, hand"),
-        ({}, {"prompt": None}, "state prompt or prompt_topic"),
+        ({}, {"prompt": None}, "set prompt or prompt_topic"),
         (
             {"observation": {**METADATA["observation"], "state": [{"key": "state", "names": ["arm", "wrist"]}]}},
             {},
@@ -278,7 +278,7 @@ def test_joints_are_found_by_name_and_converted():
 @pytest.mark.parametrize(
     ("message", "match"),
     [
-        (joint_state({"arm_joint": 0.0}), "has the joints arm_joint, without hand_joint; .* an entry of their own"),
+        (joint_state({"arm_joint": 0.0}), "has the joints arm_joint, without hand_joint; .* their own entry"),
         (joint_state({"arm_joint": np.nan, "hand_joint": 0.0}), "position of arm_joint is nan"),
         (joint_state({"arm_joint": 0.0, "hand_joint": np.inf}), "position of hand_joint is inf"),
         (joint_state({"arm_joint": 0.0, "hand_joint": 0.0}, position=[0.0]), "2 joints, but 1 numbers of position"),
@@ -374,7 +374,7 @@ def test_joints_of_several_publishers_of_one_topic():
     ros.send("/front", front(1000))
     ros.send("/wrist", wrist(1000))
     ros.send("/joint_states", joint_state({"arm_joint": np.pi}))
-    assert "no usable message of state (/joint_states) has come: its messages have other joints" in node.problem
+    assert "no usable message of state (/joint_states) received: its messages have other joints" in node.problem
     ros.send("/joint_states", joint_state({"hand_joint": 0.05}))
     ros.send("/joint_states", joint_state({"wheel": 0.05}))
     np.testing.assert_allclose(node.decode(node.snapshot())["state"], [180, 100], rtol=1e-6)
@@ -383,16 +383,16 @@ def test_joints_of_several_publishers_of_one_topic():
 @pytest.mark.parametrize(
     ("case", "match"),
     [
-        ("nothing", r"no usable message of images.front \(/front\) has come"),
+        ("nothing", r"no usable message of images.front \(/front\) received"),
         ("silent", r"last usable message of images.wrist \(/wrist\) is 0.6 s old, more than 0.5 s"),
-        ("zero stamps", r"of images.wrist .* has come: its stamp is 0, .* use time: arrival"),
-        ("another clock", r"of images.wrist .* came 0 s ago and is 988 s old by its stamp, .* use_sim_time"),
+        ("zero stamps", r"of images.wrist .* received: its stamp is 0, .* use time: arrival"),
+        ("another clock", r"of images.wrist .* arrived 0 s ago and is 988 s old by its stamp, .* use_sim_time"),
         ("future", r"of images.wrist .* is -50 s old by its stamp"),
         ("apart", r"nearest messages of images.wrist .* and images.front .* are 0.1 s apart, more than the slop"),
-        ("nan", r"of state .* has come: the position of arm_joint is nan"),
-        ("joints", r"of state .* has come: .* without hand_joint"),
-        ("encoding", r"of images.front .* has come: the encoding is '16UC1'"),
-        ("format", r"of images.wrist .* has come: the format is 'h264'"),
+        ("nan", r"of state .* received: the position of arm_joint is nan"),
+        ("joints", r"of state .* received: .* without hand_joint"),
+        ("encoding", r"of images.front .* received: the encoding is '16UC1'"),
+        ("format", r"of images.wrist .* received: the format is 'h264'"),
     ],
 )
 def test_reason_for_no_observation_is_named(case, match):
@@ -551,7 +551,7 @@ def test_first_command_is_one_step_from_the_present_position(caplog):
     rig.run()
     angles = [degrees(position[0]) for position in rig.positions]
     assert angles[:3] == pytest.approx([degrees(0.5), degrees(0.5) + 2, degrees(0.5) + 4])  # held until the first chunk
-    assert "arm is at 28.65, outside the positions of the training, 50 to 100" in caplog.text
+    assert "arm is at 28.65, outside the training range, 50 to 100" in caplog.text
 
 
 def test_instruction_of_a_topic():
@@ -564,7 +564,7 @@ def test_instruction_of_a_topic():
 
 def test_node_waits_for_the_instruction_of_a_topic():
     rig = Rig(prompt=None, prompt_topic="/prompt", wait=3, monotonic=itertools.count().__next__, max_age=100)
-    with pytest.raises(TimeoutError, match="No observation after 3 s: no instruction has come on /prompt"):
+    with pytest.raises(TimeoutError, match="No observation after 3 s: no instruction received on /prompt"):
         rig.run()
 
 
@@ -605,7 +605,7 @@ def test_topics_of_several_publishers_are_logged(caplog):
     rig = Rig()
     rig.ros.others = {"/arm/joint_trajectory": [TRAJECTORY] * 2, "/front": [IMAGE] * 2, "/joint_states": ["any"] * 2}
     rig.run()
-    assert "1 others publish /arm/joint_trajectory: the robot gets their commands, too" in caplog.text
+    assert "1 other publishers of /arm/joint_trajectory: the robot also gets their commands" in caplog.text
     assert "images.front (/front) has 2 publishers" in caplog.text
     assert "/joint_states" not in caplog.text  # joints of several publishers are told apart by name
 

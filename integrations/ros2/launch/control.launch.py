@@ -8,7 +8,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 
 
 def generate_launch_description() -> LaunchDescription:
-    """The node with its settings. Nothing starts it again: a run ends for a reason, and the robot is held."""
+    """Launch the node. It is not restarted: a run ends for a reason, and the robot is then held."""
     return LaunchDescription(
         [
             DeclareLaunchArgument("config", description="The node's YAML file."),

@@ -1,4 +1,4 @@
-"""The node without ROS: sensors to observations, commands to messages, one run of the control loop."""
+"""Sensors, robot and policy of the node, independent of rclpy: topics to observations, actions to command messages."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _log = logging.getLogger(__name__)
 
 STRING = "std_msgs/msg/String"
 REPORT_SECONDS = 2.0
-"""Between reports of what the node waits for."""
+"""Seconds between log messages while waiting for topics."""
 _MESSAGES, _PROBLEM = "torchpi_ros2/messages", "torchpi_ros2/problem"
 
 
 class Ros(Protocol):
-    """The part of ROS that the node needs; `node.RclpyRos` is it."""
+    """ROS functions that the node needs; implemented by `node.RclpyRos`."""
 
     def subscribe(self, topic: str, kind: str, callback: Callable[[Any], None]) -> None:
-        """Call back with each message, in any thread."""
+        """Call the function with each message, in any thread."""
 
     def advertise(self, topic: str, kind: str) -> Callable[[Any], None]:
-        """The function that publishes a message."""
+        """Return a function that publishes a message."""
 
     def types(self, kind: str) -> Any:
-        """The class of messages of this name, such as "std_msgs/msg/Header"."""
+        """Return the message class of a name such as "std_msgs/msg/Header"."""
 
     def publishers(self, topic: str) -> Sequence[str]:
-        """The types with which the topic is published at present."""
+        """Types with which the topic is currently published."""
 
     def subscribers(self, topic: str) -> Sequence[str]:
-        """The types with which the topic is subscribed to at present."""
+        """Types with which the topic is currently subscribed to."""
 
     def now(self) -> float:
-        """ROS time in seconds: the system's, or the simulation's with use_sim_time."""
+        """ROS time in seconds: the system clock, or the simulation's with use_sim_time."""
 
 
 class Sensors:
-    """The topics of an observation.
+    """Subscriptions to the topics of an observation.
 
     Args:
-        monotonic: seconds of a clock that is never set.
+        monotonic: monotonic clock, in seconds.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Sensors:
         self._prompt = config.prompt
         self._needs_prompt = config.prompt_topic if config.prompt is None else None
         self._unusable_since: float | None = None
-        self._damaged: str | None = None  # the reason for which the last messages could not be decoded
+        self._damaged: str | None = None  # why the last messages could not be decoded
         self._cameras = [(Source(one.topic.key, one.topic.topic), one) for one in plan.cameras]
         self._parts = [(Source(part.key, part.topic), part) for part in config.state]
         self._sync = Synchronizer(
@@ -85,7 +85,7 @@ class Sensors:
 
     @property
     def problem(self) -> str | None:
-        """The reason for which there is no observation at present, or None."""
+        """Reason why there is currently no observation, or None."""
         return self._problem_of(self._present()) or self._damaged
 
     def ages(self) -> dict[str, float | None]:
@@ -93,10 +93,10 @@ class Sensors:
         return self._sync.ages()
 
     def wait(self, seconds: float, stopping: threading.Event) -> dict[str, Any] | None:
-        """Wait for the first observation's snapshot; None: `stopping` was set before.
+        """Wait for the first usable snapshot; None if `stopping` was set before.
 
         Raises:
-            TimeoutError: there is none after this time; the message names the topics.
+            TimeoutError: there was none in this time; the message names the topics.
         """
         begin = self._monotonic()
         report = begin + REPORT_SECONDS
@@ -113,26 +113,26 @@ class Sensors:
         return None
 
     def warn_of_other_publishers(self) -> None:
-        """Log cameras whose topic has several publishers: their images alternate."""
+        """Log cameras whose topic has several publishers, because their images alternate."""
         for source, camera in self._cameras:
             if (count := len(self._ros.publishers(camera.topic.topic))) > 1:
                 _log.warning("%s has %d publishers: images of several cameras would alternate", source, count)
 
     def snapshot(self) -> dict[str, Any]:
-        """The present observation for `decode`: its messages, or the reason for none.
+        """Messages of the current observation for `decode`, or the reason why there is none.
 
         Raises:
-            TimeoutError: there was none for longer than `stop_after`.
+            TimeoutError: there was no observation for longer than `stop_after`.
         """
         if (since := self._unusable_since) is not None and self._monotonic() - since > self._stop_after:
             raise TimeoutError(f"No usable observation for {self._stop_after:g} s (stop_after): {self.problem}.")
         return self._present()
 
     def decode(self, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation of a snapshot, with further fields as they are.
+        """Decode a snapshot to an observation; further fields are copied.
 
         Raises:
-            UnusableError: there is none.
+            UnusableError: the snapshot has no observation, or an image can't be decoded.
         """
         fields = dict(snapshot)
         messages, problem = fields.pop(_MESSAGES, None), fields.pop(_PROBLEM, None)
@@ -148,11 +148,11 @@ class Sensors:
         return {**observation, **fields}
 
     def state(self, snapshot: Mapping[str, Any]) -> dict[str, float]:
-        """The numbers of a snapshot's state by the names of their dimensions."""
+        """State values of a snapshot, by dimension name."""
         found: dict[str, float] = {}
         for source, part in self._parts:
             values = read_joints(snapshot[_MESSAGES][source], part.dimensions)
-            assert values is not None  # such messages are not kept
+            assert values is not None  # messages without these joints are not kept
             found.update(zip((dimension.name for dimension in part.dimensions), map(float, values), strict=True))
         return found
 
@@ -164,7 +164,7 @@ class Sensors:
 
     def _problem_of(self, snapshot: Mapping[str, Any]) -> str | None:
         if self._needs_prompt is not None and self._prompt is None:
-            return f"no instruction has come on {self._needs_prompt}"
+            return f"no instruction received on {self._needs_prompt}"
         return snapshot.get(_PROBLEM)
 
     def _observation(self, messages: Mapping[Source, Any]) -> dict[str, Any]:
@@ -207,17 +207,17 @@ class Sensors:
         else:
             self._sync.add(source, message, message.header)
         if source.problem is not None and before is None:
-            _log.warning("A message of %s is not used: %s", source, source.problem)
+            _log.warning("Ignored a message of %s: %s", source, source.problem)
 
     def _take_prompt(self, message: Any) -> None:
         if text := message.data.strip():
-            _log.info("The instruction is now %r", text)
+            _log.info("New instruction: %r", text)
             self._prompt = text
         else:
-            _log.warning("An empty instruction is not used; it remains %r", self._prompt)
+            _log.warning("Ignored an empty instruction; keeping %r", self._prompt)
 
     def _about_publishers(self) -> str:
-        """Topics without a publisher, or of another type than expected."""
+        """Describe topics without a publisher, or with an unexpected type."""
         expected = {camera.topic.topic: camera.topic.type for _, camera in self._cameras}
         expected.update({part.topic: JOINT_STATE for _, part in self._parts})
         found = []
@@ -226,25 +226,25 @@ class Sensors:
             if not kinds:
                 found.append(f"nothing publishes {topic}")
             elif kinds != [kind]:
-                found.append(f"{topic} is published as {', '.join(kinds)}, and expected as {kind}")
+                found.append(f"{topic} is published as {', '.join(kinds)}, expected {kind}")
         return f" ({'; '.join(found)})" if found else ""
 
 
 @dataclasses.dataclass
 class RosRobot:
-    """`torchpi_client.Robot` in topics."""
+    """`torchpi_client.Robot` that reads and publishes topics."""
 
     sensors: Sensors
     plan: Plan
     ros: Ros
     period: float
-    """Of the control loop, in seconds."""
+    """Control period in seconds."""
 
     def __post_init__(self) -> None:
         self._publish = [self.ros.advertise(output.topic, output.type) for output in self.plan.outputs]
 
     def warn_of_topics(self) -> None:
-        """Log command topics to which nothing listens, or that others publish, too: nothing else would say so."""
+        """Log command topics without subscribers, or with other publishers."""
         for output in self.plan.outputs:
             kinds = sorted(set(self.ros.subscribers(output.topic)))
             if output.type not in kinds:
@@ -255,10 +255,10 @@ class RosRobot:
                     f", only as {', '.join(kinds)}" if kinds else "",
                 )
             if (count := len(self.ros.publishers(output.topic))) > 1:
-                _log.warning("%d others publish %s: the robot gets their commands, too", count - 1, output.topic)
+                _log.warning("%d other publishers of %s: the robot also gets their commands", count - 1, output.topic)
 
     def observe(self) -> dict[str, Any]:
-        """The messages of this moment, which `RosPolicy` decodes in its own thread."""
+        """Snapshot of the current messages, which `RosPolicy` decodes in its own thread."""
         return self.sensors.snapshot()
 
     def act(self, action: np.ndarray) -> None:
@@ -270,10 +270,10 @@ class RosRobot:
 
 
 class RosPolicy:
-    """A policy that is asked with the snapshots of `Sensors`.
+    """Policy whose observations are snapshots of `Sensors`.
 
-    Without a usable observation it raises a TimeoutError, as for a request without an answer: the control loop executes
-    the actions that it has, holds the robot, and asks anew.
+    Without a usable observation it raises a TimeoutError, as for an unanswered request: the control loop executes its
+    remaining actions, holds the robot, and sends a new request.
     """
 
     def __init__(self, policy: Any, sensors: Sensors) -> None:
@@ -283,17 +283,17 @@ class RosPolicy:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The server's."""
+        """Metadata of the server."""
         metadata: Mapping[str, Any] = self._policy.metadata
         return metadata
 
     @property
     def reconnects(self) -> int:
-        """The client's."""
+        """Number of reconnections of the client."""
         return int(self._policy.reconnects)
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
-        """The chunk for a snapshot, which may have further fields."""
+        """Request the chunk for a snapshot, which may have further fields."""
         try:
             decoded = self._sensors.decode(observation)
         except UnusableError as error:
@@ -303,7 +303,7 @@ class RosPolicy:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value at a key whose nested keys are joined by '.'."""
+    """Set the value of a key, whose nested keys are joined by '.'."""
     *folders, last = key.split(".")
     for folder in folders:
         tree = tree.setdefault(folder, {})

@@ -1,4 +1,4 @@
-"""The settings of the node: a YAML file as frozen dataclasses, with every key used or named in an error."""
+"""Settings of the node: a YAML file parsed into frozen dataclasses. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ JOINT_STATE = "sensor_msgs/msg/JointState"
 TRAJECTORY, ARRAY = "trajectory_msgs/msg/JointTrajectory", "std_msgs/msg/Float64MultiArray"
 
 UNITS = {"rad": 1.0, "deg": 180 / math.pi, "m": 1.0, "cm": 100.0, "mm": 1000.0}
-"""The policy's units by the number of them in ROS's (REP 103: radians, metres); velocities per second of these."""
+"""Number of each policy unit per ROS unit (REP 103: radians, metres); velocities are per second."""
 FIELDS = ("position", "velocity", "effort")
-"""The arrays of a JointState."""
+"""Arrays of a JointState."""
 DEPTH_UNITS = {"m": 1.0, "cm": 100.0, "mm": 1000.0}
 
 
@@ -26,16 +26,16 @@ class Dimension:
     """One dimension of the policy's state or action as a joint in ROS: policy = scale · ROS + offset."""
 
     name: str
-    """The policy's name for it."""
+    """Name in the policy."""
     joint: str
-    """The joint's name in ROS."""
+    """Name of the joint in ROS."""
     scale: float
     offset: float = 0.0
-    """Of positions; changes and velocities have none."""
+    """Applies to positions only, not to increments and velocities."""
     field: str = "position"
-    """The array of a JointState that has it; one of `FIELDS`."""
+    """Array of the JointState to read; one of `FIELDS`."""
     unit: str | None = None
-    """The policy's unit, one of `UNITS`; None: the scale is stated."""
+    """Unit of the policy, one of `UNITS`; None if the scale is given instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +43,17 @@ class CameraTopic:
     """A camera of the observation."""
 
     key: str
-    """In the observation, nested keys joined by '.'."""
+    """Key in the observation, nested keys joined by '.'."""
     topic: str
     type: str
     """IMAGE or COMPRESSED."""
     depth_unit: str | None = None
-    """The unit in which the policy reads this depth camera, one of `DEPTH_UNITS`; None: it is no depth camera."""
+    """Unit in which the policy reads a depth camera, one of `DEPTH_UNITS`; None for a colour camera."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StateTopic:
-    """A part of a state vector, from the messages of one publisher."""
+    """Part of a state vector, read from one publisher's messages."""
 
     key: str
     topic: str
@@ -62,47 +62,47 @@ class StateTopic:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A topic of commands and the dimensions of an action that it carries, in the order in which they are sent."""
+    """Command topic, and the action dimensions that it carries, in the order of the message."""
 
     topic: str
     type: str
     """TRAJECTORY or ARRAY."""
     dimensions: tuple[Dimension, ...]
     time_from_start: float | None = None
-    """Seconds that a trajectory controller takes to a command's positions; None: one control period."""
+    """Seconds in which a trajectory controller reaches a command's positions; None: one control period."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The node's settings; docs/ros2.md describes the file.
+    """Settings of the node; docs/ros2.md describes the file.
 
     Raises:
-        ValueError: two cameras or outputs have one key or topic, or a dimension is commanded twice.
+        ValueError: a dimension or command topic occurs twice, or there is no camera or action.
     """
 
     server: Mapping[str, Any]
-    """Arguments of `WebsocketPolicy`, with its url."""
+    """Arguments of `WebsocketPolicy`, including the url."""
     cameras: tuple[CameraTopic, ...]
     state: tuple[StateTopic, ...]
     actions: tuple[Output, ...]
     prompt: str | None
-    """The instruction; None: the server's default."""
+    """Instruction; None: the server's default."""
     prompt_topic: str | None
-    """A std_msgs/String that replaces it."""
+    """std_msgs/String topic whose messages replace the prompt."""
     time: str
-    """"header": messages are put together by their stamps; "arrival": by the time of their arrival."""
+    """"header": messages are matched by their stamps; "arrival": by their arrival times."""
     max_age: float
-    """Largest age in seconds of a message of which an observation is made."""
+    """Largest age of a message used in an observation, in seconds."""
     slop: float
-    """Largest difference in seconds between the messages of an observation."""
+    """Largest time difference between the messages of an observation, in seconds."""
     wait: float
     """Seconds to wait at the start until all topics have a usable message."""
     stop_after: float
-    """Seconds without a usable observation that end the run; until then the robot is held."""
+    """Seconds without a usable observation after which the run ends; until then the robot is held."""
     control: Mapping[str, Any]
     """Arguments of `ControlSettings`."""
     limits: str | Mapping[str, Mapping[str, float]]
-    """"server", "none", or per dimension "low", "high" and "max_step", which win over the server's."""
+    """"server", "none", or "low", "high" and "max_step" per dimension, which override the server's."""
     heartbeat_hz: float
 
     def __post_init__(self) -> None:
@@ -117,15 +117,15 @@ class Config:
         if not outputs:
             raise ValueError("No dimension of the action has a topic; expected at least one in actions.")
         if not self.cameras:
-            raise ValueError("There is no camera; expected at least one in cameras.")
+            raise ValueError("No camera is configured; expected at least one in cameras.")
 
 
 def load_config(path: str | pathlib.Path) -> Config:
     """Read the node's YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it isn't YAML; a key is unknown, missing, or has another kind of value.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not YAML, or a key is unknown, missing or of the wrong type.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -134,13 +134,13 @@ def load_config(path: str | pathlib.Path) -> Config:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         return parse_config(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def parse_config(content: Any) -> Config:
-    """The settings in the content of a file; raises a ValueError as `load_config` does."""
+    """Parse the content of a settings file; raises a ValueError as `load_config` does."""
     table = _Table(content, "the file")
     joints = _read_joints(table.take("joints", dict))
     limits = table.take("limits", (str, dict), "server")
@@ -171,7 +171,7 @@ def parse_config(content: Any) -> Config:
 
 
 def _read_server(value: Any) -> dict[str, Any]:
-    # The token is no setting of a file that is shared: it is the environment's TORCHPI_TOKEN.
+    # The token is read from the environment (TORCHPI_TOKEN), because settings files are shared.
     table = _Table({"url": value} if isinstance(value, str) else value, "server")
     server = {
         "url": table.take("url", str),
@@ -200,7 +200,7 @@ def _read_joints(content: Mapping[str, Any]) -> dict[str, Dimension]:
             )
         if ros is not None or policy is not None:
             if offset is not None:
-                raise ValueError(f"{table.where} has an offset beside from and to, which say it already.")
+                raise ValueError(f"{table.where} has an offset in addition to from and to, which already define it.")
             scale, offset = _line(table.where, ros, policy)
         elif unit is not None:
             scale = UNITS[unit]
@@ -213,7 +213,7 @@ def _read_joints(content: Mapping[str, Any]) -> dict[str, Dimension]:
 
 
 def _line(where: str, ros: Any, policy: Any) -> tuple[float, float]:
-    """Scale and offset of the line through two points."""
+    """Compute scale and offset of the line through two points."""
     for ends in (ros, policy):
         numbers = isinstance(ends, list) and all(_is_number(end) for end in ends)
         if not numbers or len(ends) != 2 or ends[0] == ends[1]:
@@ -284,7 +284,7 @@ _REQUIRED = object()
 
 
 class _Table:
-    """A mapping of the file, whose keys are taken one by one."""
+    """Table of the file; each key that is read is recorded, so that unknown keys can be reported."""
 
     def __init__(self, content: Any, where: str) -> None:
         self.where = where
@@ -294,7 +294,7 @@ class _Table:
         self._known: list[str] = []
 
     def take(self, key: str, kinds: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The value of a key, of one of these types."""
+        """Read a key's value, which must have one of these types."""
         self._known.append(key)
         value = self._content.get(key)
         if value is None:
@@ -307,21 +307,21 @@ class _Table:
         return value
 
     def number(self, key: str, default: Any) -> Any:
-        """A finite number."""
+        """Read a finite number."""
         value = self.take(key, (float, int), default)
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{self.where}: {key} is {value}; expected a finite number.")
         return value
 
     def positive(self, key: str, default: Any) -> Any:
-        """A positive number."""
+        """Read a positive number."""
         value = self.number(key, default)
         if value is not None and value <= 0:
             raise ValueError(f"{self.where}: {key} is {value}; expected a positive number.")
         return value
 
     def choice(self, key: str, choices: Sequence[str | None], default: Any = _REQUIRED) -> Any:
-        """One of these texts."""
+        """Read a string, which must be one of the choices."""
         value = self.take(key, str, default)
         if value not in choices:
             expected = ", ".join(choice for choice in choices if choice is not None)
@@ -329,13 +329,15 @@ class _Table:
         return value
 
     def check_all_taken(self) -> None:
-        """Raise a ValueError for keys that nothing reads."""
+        """Raise a ValueError if there are unknown keys."""
         if unknown := [key for key in self._content if key not in self._known]:
-            raise ValueError(f"{self.where} has the unknown {', '.join(unknown)}; known are {', '.join(self._known)}.")
+            raise ValueError(
+                f"{self.where} has the unknown key {', '.join(unknown)}; expected {', '.join(self._known)}."
+            )
 
 
 _KINDS: Mapping[type, str] = {
-    str: "a text",
+    str: "a string",
     int: "a whole number",
     float: "a number",
     dict: "a table of names and values",
@@ -352,7 +354,7 @@ def _listed(content: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is an error: the last one would win silently."""
+    """YAML loader that refuses duplicate keys, of which the last would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

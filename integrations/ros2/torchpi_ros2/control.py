@@ -1,4 +1,4 @@
-"""One run of the node: connect, wait for the topics, control; and the heartbeat that says how it is."""
+"""One run of the node (connect, wait for the topics, control) and its heartbeat."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ _log = logging.getLogger(__name__)
 
 DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
 HELD_SECONDS = 1.0
-"""Time without an action of the policy after which the heartbeat warns, and without a step after which it is an
-error."""
+"""Seconds without a policy action after which the heartbeat warns, and without a step after which it is an error."""
 
 
 class Control:
-    """A run of the control loop between topics and a server.
+    """Run of the control loop between topics and a server.
 
     Args:
-        connect: replacement of `WebsocketPolicy` for tests.
-        simulated: follow ROS time, which is a simulation's, in place of the machine's monotonic clock.
-        clock: replacement of either for tests.
-        make_inference: replacement of the loop's threads for tests, from a policy.
+        connect: replacement for `WebsocketPolicy` in tests.
+        simulated: use ROS time (of a simulation) instead of the machine's monotonic clock.
+        clock: replacement for either clock in tests.
+        make_inference: creates a replacement for the loop's threads from a policy, in tests.
     """
 
     def __init__(
@@ -64,12 +63,12 @@ class Control:
         self._publish = ros.advertise("/diagnostics", DIAGNOSTICS)
 
     def run(self, *, steps: int | None = None) -> ControlReport | None:
-        """Control the robot until `stop`, or for a number of steps; None: `stop` came before the robot moved.
+        """Control the robot until `stop`, or for a number of steps. None if `stop` was called before the robot moved.
 
         Raises:
             ValueError: the settings contradict the server's metadata.
             TimeoutError: a topic has no usable messages.
-            Exception: as `ControlLoop.run` and `WebsocketPolicy`. However the run ends, the robot is held.
+            Exception: those of `ControlLoop.run` and `WebsocketPolicy`. However the run ends, the robot is held.
         """
         try:
             report = self._run(steps)
@@ -81,7 +80,7 @@ class Control:
         return report
 
     def stop(self) -> None:
-        """End the run; from a signal handler or another thread."""
+        """End the run; may be called from a signal handler or another thread."""
         self._stopping.set()
         if self._loop is None:
             self._interrupt.set()
@@ -89,7 +88,7 @@ class Control:
             self._loop.stop()
 
     def beat(self) -> None:
-        """Publish the state of the run as diagnostics."""
+        """Publish the run's state as diagnostics."""
         level, message = self._status()
         types = self._ros.types
         status = types("diagnostic_msgs/msg/DiagnosticStatus")
@@ -123,17 +122,17 @@ class Control:
             robot = RosRobot(sensors, plan, self._ros, 1 / hz)
             sensors.warn_of_other_publishers()
             robot.warn_of_topics()
-            asked = RosPolicy(policy, sensors)
-            inference = None if self._make_inference is None else self._make_inference(asked)
-            self._loop = ControlLoop(robot, asked, settings, clock=self._clock, inference=inference)
-            if self._stopping.is_set():  # just before the loop was there
+            ros_policy = RosPolicy(policy, sensors)
+            inference = None if self._make_inference is None else self._make_inference(ros_policy)
+            self._loop = ControlLoop(robot, ros_policy, settings, clock=self._clock, inference=inference)
+            if self._stopping.is_set():  # stop() was called just before the loop existed
                 return None
             self._phase = "first inference"
             _log.info("Controlling %s at %g Hz", ", ".join(plan.action_names), hz)
             return self._loop.run(steps=steps)
 
     def _status(self) -> tuple[str, str]:
-        """A level of DiagnosticStatus and a message."""
+        """Level of DiagnosticStatus, and a message."""
         if self._error is not None:
             return "ERROR", f"stopped: {self._error}"
         problem = self._sensors.problem if self._sensors is not None else None
@@ -142,9 +141,9 @@ class Control:
             return "WARN", f"{self._phase}{because}"
         still, held = self._progress.seconds(self._loop.report)
         if still > HELD_SECONDS + 2 / self._loop.control_hz:
-            return "ERROR", f"the control loop has stood still for {still:.1f} s"
+            return "ERROR", f"the control loop has not advanced for {still:.1f} s"
         if held > HELD_SECONDS:
-            return "WARN", f"the robot is held for {held:.1f} s{because or ': no chunk of the server'}"
+            return "WARN", f"the robot is held for {held:.1f} s{because or ': no chunk from the server'}"
         return ("WARN", f"no observation{because}") if problem else ("OK", "controlling")
 
     def _values(self) -> dict[str, str]:
@@ -161,8 +160,8 @@ class Control:
 
 
 def _settings_at(plan: Plan, state: Mapping[str, float], metadata: Mapping[str, Any]) -> ControlSettings:
-    """The settings, with the robot's position as the command before the first for the limit of steps. Warns of a
-    position outside those of the training."""
+    """Add the robot's current position to the settings as the start of step limits. Warns if it is outside the training
+    range."""
     if not set(plan.action_names) <= set(state) or set(plan.commands) != {"position"}:
         return plan.settings
     start = np.array([state[name] for name in plan.action_names], np.float32)
@@ -171,8 +170,7 @@ def _settings_at(plan: Plan, state: Mapping[str, float], metadata: Mapping[str, 
         margin = 0.1 * (high - low)
         for i in np.flatnonzero((start < low - margin) | (start > high + margin)):
             _log.warning(
-                "%s is at %.4g, outside the positions of the training, %.4g to %.4g: is its unit, direction or "
-                "zero another one?",
+                "%s is at %.4g, outside the training range, %.4g to %.4g: check its unit, direction and zero",
                 plan.action_names[i],
                 start[i],
                 low[i],
@@ -185,7 +183,7 @@ def _settings_at(plan: Plan, state: Mapping[str, float], metadata: Mapping[str, 
 
 
 class _Progress:
-    """The time since a report's counts changed."""
+    """Tracks the time since a report's counts changed."""
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
@@ -193,7 +191,7 @@ class _Progress:
         self._since = [0.0, 0.0]
 
     def seconds(self, report: ControlReport) -> list[float]:
-        """Seconds since the last step, and since the last action, as far as earlier calls have seen."""
+        """Seconds since the last step and since the last action, as observed by earlier calls."""
         now = self._monotonic()
         counts = (report.steps + report.missed_steps, report.actions)
         for i, (count, before) in enumerate(zip(counts, self._counts, strict=True)):
@@ -204,7 +202,7 @@ class _Progress:
 
 
 class RosClock:
-    """`torchpi_client.clock.Clock` in ROS time, for simulations: control goes at their speed, and stops with them."""
+    """`torchpi_client.clock.Clock` in ROS time, so that control follows a simulation's speed and pauses."""
 
     def __init__(self, ros: Ros, stopping: threading.Event) -> None:
         self._ros = ros
@@ -212,17 +210,17 @@ class RosClock:
         self._last = 0.0
 
     def now(self) -> float:
-        """The current time; raises a RuntimeError if it went back."""
+        """Current time; raises a RuntimeError if it went backwards."""
         now = self._ros.now()
         if now < self._last:
             raise RuntimeError(
-                f"Simulated time went back from {self._last:.3f} to {now:.3f} s: the simulation has begun again; start "
-                "this node again, too."
+                f"Simulated time went back from {self._last:.3f} to {now:.3f} s: the simulation was restarted; restart "
+                "this node, too."
             )
         self._last = now
         return now
 
     def sleep_until(self, moment: float) -> None:
-        """Sleep until this time, or until the run is to end."""
+        """Sleep until this time, or until the run is stopped."""
         while self.now() < moment and not self._stopping.wait(0.002):
             pass

@@ -2,4 +2,4 @@
 
 
 class UnusableError(Exception):
-    """No observation can be made of a message, or of the messages that there are, at the moment; the next may do."""
+    """A message, or the current set of messages, can't be used for an observation; later ones may be usable."""

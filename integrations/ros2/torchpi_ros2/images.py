@@ -1,4 +1,4 @@
-"""Camera messages as arrays: sensor_msgs/Image and CompressedImage to uint8 [h, w, 3] in RGB, or to depth."""
+"""Conversion of camera messages (sensor_msgs/Image and CompressedImage) to uint8 RGB [h, w, 3] or to depth."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torchpi_ros2.config import DEPTH_UNITS, IMAGE
 from torchpi_ros2.errors import UnusableError
 
 MAX_PIXELS = 4096 * 4096
-"""Largest image that is decoded, as that of the server."""
+"""Largest image that is decoded; the server has the same limit."""
 
 
 def read_image(message: Any, kind: str, depth_unit: str | None = None) -> np.ndarray:
-    """The image of a message.
+    """Convert a message to an image.
 
     Args:
         kind: the message's type.
-        depth_unit: "m", "cm" or "mm" for a depth camera; None for one of colours.
+        depth_unit: "m", "cm" or "mm" for a depth camera, None for a colour camera.
 
     Returns:
-        uint8 [h, w, 3] in RGB; of a depth camera float64 [h, w] in the unit, NaN where nothing was measured.
+        uint8 RGB [h, w, 3]; for a depth camera float64 [h, w] in the unit, NaN where nothing was measured.
 
     Raises:
-        UnusableError: another encoding, sizes that contradict each other, damaged data.
+        UnusableError: unsupported encoding, inconsistent sizes, or damaged data.
     """
     decode = _raw if kind == IMAGE else _compressed
     pixels = decode(message, depth_unit is not None)
@@ -57,7 +57,7 @@ def _raw(message: Any, depth: bool) -> np.ndarray:
 
 
 def _rows(message: Any) -> np.ndarray:
-    """The bytes uint8 [h, w · bytes per pixel], without the padding of rows."""
+    """Bytes of the rows without padding, uint8 [h, w · bytes per pixel]."""
     height, width, step = int(message.height), int(message.width), int(message.step)
     if not 0 < height * width <= MAX_PIXELS:
         raise UnusableError(f"the image has {width}×{height} pixels; expected 1 to {MAX_PIXELS}")
@@ -79,15 +79,15 @@ def _check_encoding(encoding: str, depth: bool) -> None:
     if encoding in known:
         return
     if encoding in other:
-        todo = "leave depth_unit out" if depth else "state it as a depth camera, which the policy has to know"
+        todo = "leave out depth_unit" if depth else "a depth camera has to be declared in the policy"
     elif encoding.startswith("bayer"):
-        todo = "subscribe to the image that image_proc debayers"
+        todo = "subscribe to the debayered image of image_proc"
     elif encoding in ("8UC3", "8UC4"):
-        todo = "it does not say the order of the colours; let the driver state rgb8 or bgr8"
+        todo = "it does not state the colour order; configure the driver to publish rgb8 or bgr8"
     else:
-        todo = "let the driver send one of these, or republish it"
-    what = "a depth camera" if depth else "a camera of colours"
-    raise UnusableError(f"the encoding is {encoding!r}; expected {', '.join(known)} of {what}: {todo}")
+        todo = "configure the driver to publish one of these, or convert the topic"
+    kind = "depth" if depth else "colour"
+    raise UnusableError(f"the encoding is {encoding!r}; expected {', '.join(known)} for a {kind} camera: {todo}")
 
 
 def _bytes_per_pixel(encoding: str) -> int:
@@ -107,7 +107,7 @@ def _metres(depth: np.ndarray) -> np.ndarray:
 
 
 def _channels(order: list[int]) -> Callable[[np.ndarray], np.ndarray]:
-    """A decoder of interleaved channels, of which these are red, green and blue."""
+    """Decoder of interleaved channels; `order` has the indices of red, green and blue."""
     count = 3 if max(order) == 2 else 4
     return lambda rows: rows.reshape(len(rows), -1, count)[..., order]
 
@@ -117,7 +117,7 @@ def _grey(rows: np.ndarray) -> np.ndarray:
 
 
 def _yuv422(luma: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A decoder of two pixels in four bytes: Y at `luma` and `luma` + 2, between them U, then V."""
+    """Decoder of two pixels per four bytes: Y at `luma` and `luma` + 2, U and V in the other two."""
 
     def decode(rows: np.ndarray) -> np.ndarray:
         if rows.shape[1] % 4:
@@ -145,7 +145,7 @@ COLOURS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "yuyv": (2, _yuv422(0)),
     "yuv422_yuy2": (2, _yuv422(0)),
 }
-"""Encodings of colours: bytes per pixel and decoder. The YUV formats have a newer and an older name each."""
+"""Bytes per pixel and decoder of each colour encoding. Each YUV format has a newer and an older name."""
 
 DEPTHS: dict[str, np.dtype[Any]] = {
     "16UC1": np.dtype(np.uint16),
@@ -161,7 +161,7 @@ def _check_format(text: str, depth: bool) -> None:
     """Formats are "jpeg" and "png", or image_transport's "rgb8; jpeg compressed bgr8"."""
     known = ("png",) if depth else ("jpeg", "jpg", "png")
     if "compressedDepth" in text or not any(name in text for name in known):
-        todo = "; a depth camera's is lossless: /compressed with PNG, or the raw topic" if depth else ""
+        todo = "; depth has to be lossless: /compressed with PNG, or the raw topic" if depth else ""
         raise UnusableError(f"the format is {text!r}; expected one with {' or '.join(known)}{todo}")
 
 
@@ -184,7 +184,7 @@ def _compressed(message: Any, depth: bool) -> np.ndarray:
     if is_deep != depth:
         raise UnusableError(
             f"the image has {'16 bits of one channel' if is_deep else f'mode {mode}'}; expected "
-            f"{'depth in 16 bits' if depth else '8 bits per channel: depth has to be stated as such'}"
+            f"{'depth in 16 bits' if depth else '8 bits per channel; depth cameras have to be declared'}"
         )
     if depth:
         return _metres(pixels.astype(np.uint16))
@@ -192,8 +192,8 @@ def _compressed(message: Any, depth: bool) -> np.ndarray:
 
 
 def _is_swapped(text: str) -> bool:
-    """True if red and blue are exchanged in the file: image_transport's encoder takes BGR, and its publishers name what
-    they gave it behind "compressed"."""
+    """True if red and blue are swapped in the file. image_transport's encoder expects BGR; its publishers state after
+    "compressed" the format that they passed to it."""
     encoding, separator, rest = text.partition(";")
     colours = encoding.strip() in ("rgb8", "bgr8", "rgba8", "bgra8")
     return bool(separator) and colours and "compressed bgr" not in rest

@@ -1,4 +1,4 @@
-"""Joints between ROS and the policy: JointState to numbers of the state, actions to command messages."""
+"""Conversion of joints between ROS and the policy: JointState to state values, actions to command messages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torchpi_ros2.errors import UnusableError
 
 
 def read_joints(message: Any, dimensions: Sequence[Dimension]) -> np.ndarray | None:
-    """The policy's numbers, float32 [n], of a JointState, whatever the order of its joints.
+    """Read the policy's state values, float32 [n], from a JointState with its joints in any order.
 
     Returns:
-        None for a message of other joints alone: several publishers share a topic.
+        None for a message that has none of these joints, because several publishers may share a topic.
 
     Raises:
-        UnusableError: some of the joints are missing or named twice, there is no number of one, or it is not finite.
+        UnusableError: a joint is missing, duplicated or has no value, or a value is not finite.
     """
     names = list(message.name)
     wanted = [dimension.joint for dimension in dimensions]
@@ -28,7 +28,7 @@ def read_joints(message: Any, dimensions: Sequence[Dimension]) -> np.ndarray | N
     if missing := [joint for joint in wanted if joint not in names]:
         raise UnusableError(
             f"the message has the joints {', '.join(names)}, without {', '.join(missing)}; joints of another publisher "
-            "need an entry of their own in the part's list"
+            "need their own entry in the list of this state"
         )
     if twice := sorted({joint for joint in wanted if names.count(joint) > 1}):
         raise UnusableError(f"the message has {', '.join(twice)} more than once")
@@ -48,17 +48,17 @@ def read_joints(message: Any, dimensions: Sequence[Dimension]) -> np.ndarray | N
 
 
 def to_ros(value: float, dimension: Dimension, command: str) -> float:
-    """A number of an action in ROS's unit; only positions have an offset."""
+    """Convert an action value to ROS's unit; only positions have an offset."""
     return (value - (dimension.offset if command == "position" else 0.0)) / dimension.scale
 
 
 def command_message(types: Callable[[str], Any], output: Output, values: Sequence[float], period: float) -> Any:
-    """The message of one command.
+    """Build the message of one command.
 
     Args:
-        types: message classes by name, such as "std_msgs/msg/Header".
+        types: returns the message class of a name such as "std_msgs/msg/Header".
         values: in ROS's units, in the order of the output's dimensions.
-        period: of the control loop in seconds.
+        period: control period in seconds.
     """
     if output.type != TRAJECTORY:
         layout = types("std_msgs/msg/MultiArrayLayout")(dim=[], data_offset=0)
@@ -70,7 +70,7 @@ def command_message(types: Callable[[str], Any], output: Output, values: Sequenc
         effort=[],
         time_from_start=_duration(types, period if output.time_from_start is None else output.time_from_start),
     )
-    # A stamp of 0 means now: the controller's clock need not be this machine's.
+    # A stamp of 0 means now, so the controller's clock may differ from this machine's.
     header = types("std_msgs/msg/Header")(stamp=types("builtin_interfaces/msg/Time")(sec=0, nanosec=0), frame_id="")
     names = [dimension.joint for dimension in output.dimensions]
     return types(TRAJECTORY)(header=header, joint_names=names, points=[point])

@@ -21,34 +21,34 @@ from torchpi_ros2.control import Control
 
 
 class RclpyRos:
-    """`bridge.Ros` by rclpy."""
+    """`bridge.Ros` implemented with rclpy."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
 
     def subscribe(self, topic: str, kind: str, callback: Callable[[Any], None]) -> None:
-        """Call back with each message, in the executor's thread."""
-        # Best effort and volatile: the one quality of service that fits every publisher's.
+        """Call the function with each message, in the executor's thread."""
+        # Best effort and volatile is compatible with every publisher's quality of service.
         self._node.create_subscription(self.types(kind), topic, callback, qos_profile_sensor_data)
 
     def advertise(self, topic: str, kind: str) -> Callable[[Any], None]:
-        """The function that publishes a message."""
-        # Reliable; a command that was not sent yet is replaced by the next.
+        """Return a function that publishes a message."""
+        # Reliable; the next command replaces one that was not sent yet.
         publisher = self._node.create_publisher(self.types(kind), topic, QoSProfile(depth=1))
         publish: Callable[[Any], None] = publisher.publish
         return publish
 
     def types(self, kind: str) -> Any:
-        """The class of messages of this name."""
+        """Return the message class of a name."""
         package, folder, name = kind.split("/")
         return getattr(importlib.import_module(f"{package}.{folder}"), name)
 
     def publishers(self, topic: str) -> Sequence[str]:
-        """The types with which the topic is published at present."""
+        """Types with which the topic is currently published."""
         return [info.topic_type for info in self._node.get_publishers_info_by_topic(topic)]
 
     def subscribers(self, topic: str) -> Sequence[str]:
-        """The types with which the topic is subscribed to at present."""
+        """Types with which the topic is currently subscribed to."""
         return [info.topic_type for info in self._node.get_subscriptions_info_by_topic(topic)]
 
     def now(self) -> float:
@@ -57,14 +57,14 @@ class RclpyRos:
 
 
 class _RosLog(logging.Handler):
-    """The client's and the node's log in ROS's."""
+    """Handler that forwards the client's and the node's log to ROS."""
 
     def __init__(self, node: Node) -> None:
         super().__init__(logging.INFO)
         self._logger = node.get_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a record on; ROS tells levels apart by the place of the call, so that each has one of its own."""
+        """Forward a record. rclpy identifies a logger call by its source line, so each level needs its own call."""
         text = record.getMessage()
         if record.levelno >= logging.ERROR:
             self._logger.error(text)
@@ -76,7 +76,7 @@ class _RosLog(logging.Handler):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the node and return its exit status: 1 after an error, or if the run ended by itself."""
-    # Signals end the run first: the last command, which holds the robot, needs ROS.
+    # Signals must end the run first, because the last command, which holds the robot, needs ROS.
     rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node("torchpi_control")
     log = _RosLog(node)
@@ -106,7 +106,7 @@ def _run(node: Node, spinning: threading.Thread) -> int:
         spinning.start()
         report = control.run()
         control.beat()
-    # Of the settings, the server, a topic, the loop: each message says what to do.
+    # Errors of settings, server, topics and loop all have a message that says what to do.
     except Exception as error:
         node.get_logger().fatal(str(error))
         return 1

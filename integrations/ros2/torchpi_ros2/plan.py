@@ -1,4 +1,4 @@
-"""The settings and the server's metadata put together: what is sent, what is commanded, or an error that names both."""
+"""Combination of the settings with the server's metadata: inputs, commands, or an error that names the mismatch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torchpi_ros2.config import TRAJECTORY, CameraTopic, Config, Dimension, Outp
 from torchpi_ros2.images import read_image
 
 TURNS = 6 * math.pi
-"""Radians that no joint's training range reaches; degrees do."""
+"""Larger than any joint's training range in radians; ranges in degrees exceed it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """A camera's topic, and the form in which the policy takes its images."""
+    """Camera topic, and the image format that the policy expects."""
 
     topic: CameraTopic
     layout: str = "hwc"
     """"hwc" or "chw"."""
     dtype: str = "uint8"
-    """Of colours "uint8" or "float32" (0 to 1); of depth "uint16" or "float32"."""
+    """"uint8" or "float32" (0 to 1) for colours, "uint16" or "float32" for depth."""
 
     def read(self, message: Any) -> np.ndarray:
-        """The image of a message; raises an UnusableError as `read_image` does."""
+        """Convert a message to an image; raises an UnusableError as `read_image` does."""
         image = read_image(message, self.topic.type, self.topic.depth_unit)
         if self.topic.depth_unit is not None:
             if self.dtype == "uint16":
@@ -43,24 +43,24 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that the node has to know of the robot and the policy."""
+    """Everything that the node needs to know about the robot and the policy."""
 
     cameras: tuple[Camera, ...]
     state: Mapping[str, tuple[str, ...]]
-    """Per key of the observation the names of its dimensions, in the policy's order."""
+    """Dimension names for each state key of the observation, in the policy's order."""
     action_names: tuple[str, ...]
     """In the policy's order; each is in one output."""
     commands: tuple[str, ...]
-    """The command of each, see torchpi_client.robot.COMMANDS."""
+    """Command of each action, see torchpi_client.robot.COMMANDS."""
     outputs: tuple[Output, ...]
     settings: ControlSettings
 
 
 def make_plan(config: Config, metadata: Mapping[str, Any]) -> Plan:
-    """Put the settings and a server's metadata together.
+    """Combine the settings with a server's metadata.
 
     Raises:
-        ValueError: they contradict each other, or neither states what is needed.
+        ValueError: they contradict each other, or neither states a required value.
     """
     expected = metadata.get("observation") or {}
     names = _action_names(config, metadata.get("action_names"))
@@ -75,12 +75,12 @@ def make_plan(config: Config, metadata: Mapping[str, Any]) -> Plan:
         others = [one.name for one in output.dimensions if commands[names.index(one.name)] != "position"]
         if output.type == TRAJECTORY and others:
             raise ValueError(
-                f"{output.topic} is a trajectory of positions, but {', '.join(others)} command no position; send them "
-                "as std_msgs/msg/Float64MultiArray to a controller of their kind."
+                f"{output.topic} is a trajectory of positions, but {', '.join(others)} are not position commands; "
+                "send them as std_msgs/msg/Float64MultiArray to a matching controller."
             )
     _check_units(config, metadata, names, commands)
     if config.prompt is None and config.prompt_topic is None and metadata.get("default_prompt", "") is None:
-        raise ValueError("Neither the settings nor the server have an instruction; state prompt or prompt_topic.")
+        raise ValueError("Neither the settings nor the server have an instruction; set prompt or prompt_topic.")
     return Plan(
         _cameras(config.cameras, expected.get("cameras")),
         _state(config, expected.get("state")),
@@ -92,7 +92,7 @@ def make_plan(config: Config, metadata: Mapping[str, Any]) -> Plan:
 
 
 def _cameras(topics: Sequence[CameraTopic], stated: Sequence[Mapping[str, Any]] | None) -> tuple[Camera, ...]:
-    if stated is None:  # a server of openpi
+    if stated is None:  # openpi's server
         return tuple(Camera(topic, dtype="float32" if topic.depth_unit else "uint8") for topic in topics)
     known = {camera["key"]: camera for camera in stated}
     given = [topic.key for topic in topics]
@@ -127,14 +127,14 @@ def _state(config: Config, stated: Sequence[Mapping[str, Any]] | None) -> dict[s
     if set(known) != set(given):
         raise ValueError(
             f"The policy reads the state {', '.join(known) or 'of none'}; the settings have "
-            f"{', '.join(given) or 'none'}. The keys have to be the same."
+            f"{', '.join(given) or 'none'}. The keys must be the same."
         )
     for key, names in given.items():
         # A policy may take a state without its last dimensions; the server checks that.
         if set(names) != set(known[key][: len(names)]):
             raise ValueError(
                 f"state, {key!r} has the dimensions {', '.join(names)}; the policy reads {', '.join(known[key])}. "
-                "The names in joints have to be the policy's."
+                "The names in joints must be the policy's."
             )
     return {key: tuple(names[: len(given[key])]) for key, names in known.items()}
 
@@ -151,8 +151,8 @@ def _action_names(config: Config, stated: Sequence[str] | None) -> tuple[str, ..
         unknown, missing = sorted(set(given) - set(stated)), sorted(set(stated) - set(given))
         raise ValueError(
             f"The policy's actions are {', '.join(stated)}; the outputs carry {', '.join(given)}: "
-            f"{', '.join(unknown) or 'none'} unknown, {', '.join(missing) or 'none'} missing. The names in joints have "
-            "to be the policy's, and each has to be in one output."
+            f"{', '.join(unknown) or 'none'} unknown, {', '.join(missing) or 'none'} missing. The names in joints must "
+            "be the policy's, and each must be in exactly one output."
         )
     return tuple(stated)
 
@@ -160,7 +160,7 @@ def _action_names(config: Config, stated: Sequence[str] | None) -> tuple[str, ..
 def _settings(config: Config, metadata: Mapping[str, Any], names: Sequence[str]) -> ControlSettings:
     known = {field.name for field in dataclasses.fields(ControlSettings)} - {"limits", "start"}
     if unknown := sorted(set(config.control) - known):
-        raise ValueError(f"control has the unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+        raise ValueError(f"control has the unknown key {', '.join(unknown)}; expected {', '.join(sorted(known))}.")
     try:
         settings = ControlSettings(**config.control, limits=_limits(config, metadata, names))
     except ValueError as error:
@@ -175,7 +175,7 @@ def _limits(config: Config, metadata: Mapping[str, Any], names: Sequence[str]) -
     stated = any(metadata.get(name) is not None for name in ("action_limits", "action_range"))
     if config.limits == "server" and not stated:
         raise ValueError(
-            "The server states no limits of actions; state limits: a table of dimensions with low, high and max_step, "
+            "The server states no action limits; set limits: a table of dimensions with low, high and max_step, "
             'or "none".'
         )
     unlimited = ActionLimits.of([None] * len(names), [None] * len(names))
@@ -192,7 +192,7 @@ def _limits(config: Config, metadata: Mapping[str, Any], names: Sequence[str]) -
 
 
 def _check_units(config: Config, metadata: Mapping[str, Any], names: Sequence[str], commands: Sequence[str]) -> None:
-    """Raise a ValueError if the training range of the positions tells another unit than the settings."""
+    """Raise a ValueError if the positions' training range shows another unit than the settings state."""
     trained = metadata.get("action_range")
     if trained is None:
         return
@@ -207,12 +207,12 @@ def _check_units(config: Config, metadata: Mapping[str, Any], names: Sequence[st
     if beyond:
         raise ValueError(
             f"The unit of joints is stated as rad, but the policy was trained with positions of up to "
-            f"{', '.join(beyond)}, which are degrees or another unit; state that."
+            f"{', '.join(beyond)}, which are degrees or another unit; state that unit."
         )
     degrees = angles["deg"]
     if degrees and max(reach for _, reach in degrees) <= 2 * math.pi:
         raise ValueError(
             f"The unit of {', '.join(dimension.name for dimension, _ in degrees)} is stated as deg, but the policy was "
             f"trained with positions within ±{max(reach for _, reach in degrees):.3g}, which are radians; state rad. "
-            "If they are degrees, state scale: 57.29578 in place of the unit."
+            "If they are degrees, set scale: 57.29578 instead of the unit."
         )

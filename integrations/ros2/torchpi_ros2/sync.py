@@ -1,4 +1,4 @@
-"""Approximate time synchronisation: messages of several topics that belong to one moment, or the reason for none."""
+"""Approximate time synchronization of messages from several topics."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from torchpi_ros2.errors import UnusableError
 
 MAX_MESSAGES = 1000
-"""Kept of one source; joint states at 1 kHz of a second."""
+"""Messages kept per source: one second of joint states at 1 kHz."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stamped:
-    """A message and its times in seconds."""
+    """Message with its times in seconds."""
 
     message: Any
     stamp: float
-    """By the message's header, or its arrival."""
+    """Time in the message's header, or of its arrival."""
     arrived: float
-    """By this machine's monotonic clock."""
+    """Time of arrival by this machine's monotonic clock."""
 
 
 class Source:
-    """The last messages of a topic that are needed together."""
+    """Topic with its recent messages."""
 
     def __init__(self, label: str, topic: str) -> None:
         self.label = label
-        """The key in the observation, for messages."""
+        """Key in the observation, for error messages."""
         self.topic = topic
         self.problem: str | None = None
-        """The reason for which the last message was not used, or None."""
+        """Reason why the last message was not used, or None."""
         self.messages: collections.deque[Stamped] = collections.deque(maxlen=MAX_MESSAGES)
 
     def __str__(self) -> str:
@@ -41,13 +41,13 @@ class Source:
 
 
 class Synchronizer:
-    """Messages of several sources, put together by their stamps.
+    """Matches messages of several sources by their stamps.
 
     Args:
         max_age, slop: see `Config`, in seconds.
-        by_header: True: by the stamps in the headers, whose clock has to be this node's; False: by arrival.
-        monotonic: the present time of `Stamped.arrived`.
-        now: the present time of the stamps, if these are in headers.
+        by_header: use the stamps in the headers, which must be of this node's clock; otherwise arrival times.
+        monotonic: clock of `Stamped.arrived`.
+        now: clock of the stamps in headers.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Synchronizer:
         self._lock = threading.Lock()  # messages arrive in another thread
 
     def add(self, source: Source, message: Any, header: Any) -> None:
-        """Keep a message; one without a stamp, or older than its predecessor, is a problem of the source."""
+        """Store a message; note a missing stamp as the source's problem, drop out-of-order messages."""
         arrived = self._monotonic()
         stamp = header.stamp.sec + 1e-9 * header.stamp.nanosec if self._by_header else arrived
         with self._lock:
             if self._by_header and not stamp:
-                source.problem = "its stamp is 0, the driver states no time; use time: arrival"
+                source.problem = "its stamp is 0, so the driver sets no time; use time: arrival"
                 return
             source.problem = None
             messages = source.messages
             if messages and stamp < messages[-1].stamp:
-                # A simulation or a recording that begins again; or else one message was overtaken on its way.
+                # A simulation or a recording was restarted, or one message was overtaken in transit.
                 if stamp > messages[-1].stamp - self._max_age:
                     return
                 messages.clear()
@@ -88,15 +88,15 @@ class Synchronizer:
                 messages.popleft()
 
     def refuse(self, source: Source, problem: str) -> None:
-        """Note the reason for which a message is not used."""
+        """Record why a message is not used."""
         with self._lock:
             source.problem = problem
 
     def match(self) -> dict[Source, Any]:
-        """One message per source, all of about one moment: that of the newest message of the slowest source.
+        """Select one message per source, nearest to the newest message of the slowest source.
 
         Raises:
-            UnusableError: a source has no message, or none that is new enough; stamps that lie too far apart.
+            UnusableError: a source has no recent message, or the stamps are too far apart.
         """
         with self._lock:
             for source in self.sources:
@@ -110,12 +110,12 @@ class Synchronizer:
         if spread > self._slop:
             raise UnusableError(
                 f"the nearest messages of {first} and {last} are {spread:.3g} s apart, more than the slop of "
-                f"{self._slop:g} s; a slow camera needs a larger slop, clocks that differ need time: arrival"
+                f"{self._slop:g} s; a slow camera needs a larger slop, different clocks need time: arrival"
             )
         return {source: stamped.message for source, stamped in chosen.items()}
 
     def ages(self) -> dict[str, float | None]:
-        """Seconds since the last usable message of each source; None: there was none."""
+        """Seconds since the last usable message of each source; None if there was none."""
         now = self._monotonic()
         with self._lock:
             return {str(one): now - one.messages[-1].arrived if one.messages else None for one in self.sources}
@@ -123,7 +123,7 @@ class Synchronizer:
     def _check_age(self, source: Source) -> None:
         because = f": {source.problem}" if source.problem else ""
         if not source.messages:
-            raise UnusableError(f"no usable message of {source} has come{because}")
+            raise UnusableError(f"no usable message of {source} received{because}")
         newest = source.messages[-1]
         age = self._monotonic() - newest.arrived
         if age > self._max_age:
@@ -135,7 +135,7 @@ class Synchronizer:
         stamped = self._now() - newest.stamp
         if abs(stamped) > self._max_age:
             raise UnusableError(
-                f"a message of {source} came {age:.3g} s ago and is {stamped:.6g} s old by its stamp, more than "
-                f"{self._max_age:g} s: it was delayed, or its clock is not this node's (in simulation use_sim_time, of "
-                "another machine synchronized clocks, or else time: arrival)"
+                f"a message of {source} arrived {age:.3g} s ago and is {stamped:.6g} s old by its stamp, more than "
+                f"{self._max_age:g} s: it was delayed, or its clock is not this node's (in a simulation set "
+                "use_sim_time, with another machine synchronize the clocks, otherwise use time: arrival)"
             )
