@@ -50,7 +50,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def acting(plugin):
-    """A policy that was loaded to act; a test that changes its config puts it back."""
+    """A policy that was loaded for inference; a test that changes its config puts it back."""
     return policy(plugin)
 
 
@@ -137,8 +137,8 @@ def test_left_over_that_is_used_up_or_switched_off_is_none(acting):
     ("changes", "message"),
     [
         ({WRIST: None}, r"no camera for wrist.*cameras=.*\"wrist\": \"observation\.images\.base\""),
-        ({"observation.images.left.wrist": torch.zeros(1, 3, 8, 8)}, "end in wrist; say which"),
-        ({STATE: None}, r"no observation\.state, of which the policy reads hand_x, hand_y"),
+        ({"observation.images.left.wrist": torch.zeros(1, 3, 8, 8)}, "end in wrist; choose the one for"),
+        ({STATE: None}, r"no observation\.state, from which the policy reads hand_x, hand_y"),
         ({STATE: torch.zeros(1, 5)}, "has 5 dimensions, the policy reads 4: hand_x"),
         ({STATE: torch.zeros(1, 2)}, "expects 4 numbers: hand_x"),
         ({STATE: torch.zeros(1, 1, 4)}, "one observation step"),
@@ -177,7 +177,7 @@ def test_images_and_state_are_sent_as_the_robot_does(plugin):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({"output_features": {"action": Feature((7,))}}, "action has 7 dimensions, those of the policy are 4: delta_x"),
+        ({"output_features": {"action": Feature((7,))}}, "action has 7 dimensions, the policy's has 4: delta_x"),
         ({"input_features": {STATE: Feature((4,)), BASE: Feature((3, 8, 8))}}, "no camera for wrist"),
         ({"input_features": {BASE: Feature((3, 8, 8)), WRIST: Feature((3, 8, 8))}}, r"no observation\.state"),
         ({"cameras": {"side": BASE}, "input_features": {BASE: Feature((3, 8, 8))}}, "no camera side"),
@@ -196,7 +196,7 @@ def test_features_of_another_robot_are_refused_when_the_policy_is_made(plugin, f
         ({"n_action_steps": 0}, "at least 1"),
         ({"n_action_steps": 17}, "chunks have 16 actions"),
         ({"normalization_mapping": {"STATE": NormalizationMode.MEAN_STD}}, "normalizes STATE"),
-        ({"norm_stats": "dataset"}, "there is none to train on"),
+        ({"norm_stats": "dataset"}, "there is no training dataset"),
         ({"checkpoint": None}, r"--policy\.checkpoint="),
     ],
 )
@@ -262,7 +262,7 @@ def test_expert_alone_is_trained(plugin, dataset):
 
 
 def test_policy_that_was_loaded_to_act_is_not_trained(acting):
-    with pytest.raises(ValueError, match="loaded to act"):
+    with pytest.raises(ValueError, match="loaded for inference"):
         acting.forward(batch(action=torch.zeros(1, CHUNK, 4)))
 
 
@@ -342,7 +342,7 @@ def test_saved_policy_is_a_policy_folder_and_comes_back(plugin, dataset, tmp_pat
     np.testing.assert_allclose(loaded.infer(request(values), noise=start[0].numpy())["actions"], expected[0], atol=1e-6)
 
     config = plugin("configuration_torchpi").TorchpiConfig(checkpoint="demo", norm_stats="dataset", embodiment="so101")
-    with pytest.raises(ValueError, match=r"saved with embodiment None, and 'so101' is asked for.*policy\.checkpoint="):
+    with pytest.raises(ValueError, match=r"saved with embodiment None, but 'so101' is requested.*policy\.checkpoint="):
         type(made).from_pretrained(tmp_path / "own", config=config)
 
 
@@ -394,17 +394,17 @@ def test_remote_policy_is_neither_trained_nor_has_it_weights(plugin, server, tmp
 
 
 def test_server_that_does_not_say_its_observations_is_refused(plugin):
-    with pytest.raises(ValueError, match=r"does not say observation, action_names.*torchpi serve"):
+    with pytest.raises(ValueError, match=r"does not state observation, action_names.*torchpi serve"):
         plugin("observations").require_format({"action_horizon": 10}, "The policy of ws://there")
     with pytest.raises(KeyError, match=r"--policy\.server=ws"):
         remote(plugin, None)
 
 
-def test_clipped_actions_are_told_once_an_episode(acting, caplog):
+def test_clipped_actions_are_logged_once_per_episode(acting, caplog):
     acting.reset()
     for _ in range(2):
         acting._note([{"actions_clipped": 3}])
-    assert caplog.text.count("3 values of a chunk are beyond the robot's limits") == 1
+    assert caplog.text.count("3 values of a chunk exceeded the robot's limits") == 1
     acting.reset()
     acting._note([{"actions_clipped": 2}])
     assert "2 values" in caplog.text

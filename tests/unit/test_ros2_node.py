@@ -211,7 +211,11 @@ def test_files_that_are_no_settings(tmp_path):
             {},
             r"actions are arm, foot; the outputs carry arm, hand: hand unknown, foot missing",
         ),
-        ({"action_commands": ["position", "velocity"]}, {}, "trajectory of positions, but hand are not position commands"),
+        (
+            {"action_commands": ["position", "velocity"]},
+            {},
+            "trajectory of positions, but hand are not position commands",
+        ),
         ({"action_names": ["arm", "hand", "hand"]}, {}, "actions have the name hand more than once"),
         ({"action_commands": None}, {}, "have no valid command"),
         ({"control_hz": None}, {}, "control_hz"),

@@ -1,4 +1,4 @@
-"""A robot of LeRobot's in memory: the joints are where the last action put them."""
+"""LeRobot robot in memory, whose joints are at the positions of the last action."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,10 @@ import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
 JOINTS = ("hand_x", "hand_y", "hand_z", "gripper")
-ENOUGH = 24
-"""Actions after which the user ends the run."""
+MAX_ACTIONS = 24
+"""Number of actions after which the simulated user ends the run."""
 ROBOTS = []
-"""Every robot that was made."""
+"""All created robots."""
 
 
 @RobotConfig.register_subclass("mock")
@@ -64,7 +64,7 @@ class MockRobot(Robot):
     def send_action(self, action):
         self.sent.append([action[f"{name}.pos"] for name in JOINTS])
         self.joints = {name: float(action[f"{name}.pos"]) for name in JOINTS}
-        if len(self.sent) == ENOUGH:
+        if len(self.sent) == MAX_ACTIONS:
             raise KeyboardInterrupt
         return action
 

@@ -16,7 +16,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies.factory import make_policy, make_policy_config, make_pre_post_processors
 from lerobot.utils.import_utils import register_third_party_plugins
-from mock_robot import ENOUGH, ROBOTS
+from mock_robot import MAX_ACTIONS, ROBOTS
 
 import torchpi
 from lerobot_policy_torchpi.errors import MissingKeyError, PluginError
@@ -244,7 +244,7 @@ def test_lerobot_rollout_drives_a_robot(monkeypatch, kind, inference, server, tr
         *(*policy, *ROLLOUT, f"--inference.type={inference}", *rtc, "--return_to_initial_position=false"),
     )
     sent = np.array(ROBOTS[-1].sent)
-    assert len(sent) == ENOUGH > CHUNK
+    assert len(sent) == MAX_ACTIONS > CHUNK
     assert np.isfinite(sent).all()
     assert np.abs(sent).max() < 5
 

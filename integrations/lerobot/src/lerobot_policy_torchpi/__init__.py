@@ -1,6 +1,6 @@
-"""torchpi's policies in LeRobot: `torchpi` runs in the process, `torchpi_remote` asks a policy server.
+"""torchpi's policies in LeRobot: `torchpi` runs in the process, `torchpi_remote` uses a policy server.
 
-LeRobot imports this package at its start, which registers the two; neither torchpi nor torchpi_client is imported then.
+LeRobot imports this package at its start, which registers both types without importing torchpi or torchpi_client.
 """
 
 import re
@@ -9,7 +9,7 @@ from importlib import metadata
 from lerobot_policy_torchpi.version import __version__
 
 FIRST, BEFORE = (0, 6, 1), (0, 7, 0)
-"""The versions of LeRobot whose interface this is written for: FIRST ≤ version < BEFORE."""
+"""Supported versions of LeRobot: FIRST ≤ version < BEFORE."""
 
 
 def _text(version: tuple[int, ...]) -> str:
@@ -25,8 +25,8 @@ def _require_lerobot() -> None:
     if not FIRST <= numbers < BEFORE:
         raise ImportError(
             f"lerobot_policy_torchpi {__version__} works with LeRobot from {_text(FIRST)} to before {_text(BEFORE)}; "
-            f"found {found}, so the policies torchpi and torchpi_remote are not registered. Install one that fits: "
-            f"pip install 'lerobot>={_text(FIRST)},<{_text(BEFORE)}' (Python 3.12 or newer)."
+            f"found {found}, so the policies torchpi and torchpi_remote are not registered. Install a supported "
+            f"version: pip install 'lerobot>={_text(FIRST)},<{_text(BEFORE)}' (Python 3.12 or newer)."
         )
 
 

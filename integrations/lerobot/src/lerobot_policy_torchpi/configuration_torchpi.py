@@ -1,4 +1,4 @@
-"""The policy type `torchpi`: a torchpi policy in the process."""
+"""Configuration of the policy type `torchpi`: a torchpi policy in LeRobot's process."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot_policy_torchpi.errors import PluginError
 
 SOURCE = ("checkpoint", "model_config", "embodiment", "norm_stats", "asset_id", "tokenizer", "default_prompt")
-"""The options that decide the policy; one that is saved has what they said in its own files."""
+"""Options that determine the policy; a saved policy contains their values in its own files."""
 FINETUNE = ("full", "frozen_vision", "expert")
 
 
@@ -20,14 +20,14 @@ def _identity() -> dict[str, NormalizationMode]:
 
 @dataclass
 class CommonConfig(PreTrainedConfig):
-    """Options of both policy types, and what LeRobot asks of each."""
+    """Options of both policy types, and LeRobot's required properties."""
 
     cameras: dict[str, str] = field(default_factory=dict)
-    """The policy's camera to LeRobot's image, where their keys end differently."""
+    """LeRobot's image for each of the policy's cameras whose key ends differently."""
     n_action_steps: int | None = None
-    """Actions of a chunk that are executed; by default what the policy recommends, or else all."""
+    """Number of executed actions per chunk; by default the policy's recommendation, otherwise all."""
     rtc_config: RTCConfig | None = None
-    """Set by LeRobot. torchpi's guidance has the schedule and the strength of the paper, whatever is stated here."""
+    """Set by LeRobot. torchpi's guidance always uses the paper's schedule and strength."""
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=_identity)
 
     def __post_init__(self) -> None:
@@ -35,23 +35,23 @@ class CommonConfig(PreTrainedConfig):
         mapping = self.normalization_mapping
         if changed := [name for name, mode in mapping.items() if mode is not NormalizationMode.IDENTITY]:
             raise PluginError(
-                f"normalization_mapping normalizes {', '.join(changed)}, which the policy does itself, with statistics "
-                "of its own; leave it at IDENTITY."
+                f"normalization_mapping normalizes {', '.join(changed)}, which the policy does itself with its own "
+                "statistics; leave it at IDENTITY."
             )
         if self.n_action_steps is not None and self.n_action_steps < 1:
             raise PluginError(f"n_action_steps is {self.n_action_steps}; expected at least 1.")
 
     def validate_features(self) -> None:
-        """Nothing: the policy compares the features with its own, see `observations.check_features`."""
+        """Do nothing: the policy compares the features with its own, see `observations.check_features`."""
 
     @property
     def observation_delta_indices(self) -> None:
-        """One observation."""
+        """None: one observation."""
         return None
 
     @property
     def reward_delta_indices(self) -> None:
-        """No reward."""
+        """None: no reward."""
         return None
 
 
@@ -61,26 +61,26 @@ class TorchpiConfig(CommonConfig):
     """Options of the policy; those of `SOURCE` are arguments of `torchpi.load_policy`."""
 
     checkpoint: str | None = None
-    """The policy or checkpoint: a folder, hf://ORG/NAME, gs://…, or "demo". Not with --policy.path."""
+    """Policy or checkpoint: a folder, hf://ORG/NAME, gs://…, or "demo". Not with --policy.path."""
     model_config: str | None = None
-    """The model's sizes, as far as the checkpoint does not say them: a preset's name, or a JSON file."""
+    """Model sizes that the checkpoint does not state: a preset's name, or a JSON file."""
     embodiment: str | None = None
-    """The robot, if not the checkpoint's: a name or a JSON file (torchpi data draft writes one for a dataset)."""
+    """Robot, if not the checkpoint's: a name or a JSON file (torchpi data draft writes one for a dataset)."""
     norm_stats: str | None = None
-    """Statistics: "checkpoint", "dataset" (of the one that is trained on), or a norm_stats.json; by default those of a
-    checkpoint that has a robot, unless another embodiment is stated, and otherwise, in training, the dataset's."""
+    """Statistics: "checkpoint", "dataset" (the training dataset's), or a norm_stats.json. By default those of a
+    checkpoint that has a robot, unless another embodiment is given; otherwise, in training, the dataset's."""
     asset_id: str | None = None
-    """The statistics of an openpi checkpoint with several: assets/<asset_id>."""
+    """Folder assets/<asset_id> with the statistics, if an openpi checkpoint has several."""
     tokenizer: str | None = None
-    """A SentencePiece model or tokenizer.json."""
+    """SentencePiece model or tokenizer.json."""
     default_prompt: str | None = None
-    """The instruction where LeRobot has no task."""
+    """Instruction if LeRobot has no task."""
     num_steps: int | None = None
-    """Euler steps of an inference; by default the policy's."""
+    """Euler steps per inference; by default the policy's."""
     dtype: str | None = None
-    """Dtype of the computation, "float32" or "bfloat16"; by default the fastest that the device has."""
+    """Dtype of the computation, "float32" or "bfloat16"; by default the device's fastest."""
     engine: str = "auto"
-    """Of inference outside of training: "auto" (CUDA graphs on a GPU), "eager", "compiled" or "graph"."""
+    """Engine for inference outside training: "auto" (CUDA graphs on a GPU), "eager", "compiled" or "graph"."""
     finetune: str = "full"
     """Trained parameters: "full", "frozen_vision" or "expert" (the action expert and the projections)."""
     activation_checkpointing: str = "none"
@@ -106,7 +106,7 @@ class TorchpiConfig(CommonConfig):
 
     @property
     def action_delta_indices(self) -> list[int]:
-        """The steps of a chunk, as many as the checkpoint says."""
+        """Steps of a chunk; the checkpoint states their number."""
         from lerobot_policy_torchpi.local import action_horizon
 
         return list(range(action_horizon(self)))

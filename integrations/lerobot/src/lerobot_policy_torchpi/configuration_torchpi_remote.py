@@ -1,4 +1,4 @@
-"""The policy type `torchpi_remote`: a policy on a server; neither weights nor torchpi are needed here."""
+"""Configuration of the policy type `torchpi_remote`: a policy on a server, without local weights or torchpi."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ NOT_TRAINED = (
 @PreTrainedConfig.register_subclass("torchpi_remote")
 @dataclass
 class TorchpiRemoteConfig(CommonConfig):
-    """The server and how to ask it. A token is taken from the environment, TORCHPI_TOKEN: it belongs into no file."""
+    """Connection to the server. The token is read from the environment (TORCHPI_TOKEN), so that no file contains it."""
 
     server: str | None = None
-    """Its address: ws://HOST:PORT, or wss://… with TLS."""
+    """Address: ws://HOST:PORT, or wss://… with TLS."""
     connect_timeout: float = 60.0
     """Seconds to wait for the server, which may be loading."""
     answer_timeout: float = 60.0
@@ -28,7 +28,7 @@ class TorchpiRemoteConfig(CommonConfig):
 
     @property
     def action_delta_indices(self) -> None:
-        """No chunks of a dataset."""
+        """None: no chunks of a dataset."""
         return None
 
     def get_optimizer_preset(self) -> None:

@@ -1,4 +1,4 @@
-"""The errors of this package: what failed, what was found, what was expected, what to do."""
+"""Error classes of this package."""
 
 
 class PluginError(ValueError):
@@ -9,5 +9,5 @@ class MissingKeyError(PluginError, KeyError):
     """A camera, the state or an option is missing."""
 
     def __str__(self) -> str:
-        """The message without the quotes that a KeyError puts around it."""
+        """Message without the quotes that KeyError adds."""
         return str(self.args[0])

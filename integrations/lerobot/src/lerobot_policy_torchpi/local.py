@@ -1,4 +1,4 @@
-"""The torchpi policy of a `TorchpiConfig`: loaded to act, or opened for training on a dataset of LeRobot's."""
+"""Loading of a `TorchpiConfig`'s policy for inference, or for training on a LeRobot dataset."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ def address(config: Any) -> str:
     if (path := config.pretrained_path) is None:
         if config.checkpoint is None:
             raise MissingKeyError(
-                "No policy is stated: --policy.type=torchpi needs --policy.checkpoint=ADDRESS (a folder, "
+                "No policy is given: --policy.type=torchpi needs --policy.checkpoint=ADDRESS (a folder, "
                 'hf://ORG/NAME, gs://… or "demo"); a policy that LeRobot saved is --policy.path=FOLDER.'
             )
         return str(config.checkpoint)
@@ -40,7 +40,7 @@ def address(config: Any) -> str:
 
 
 def action_horizon(config: Any) -> int:
-    """The number of actions of a chunk."""
+    """Number of actions in a chunk."""
     return open_checkpoint(address(config), config=_sizes(config)).config.require("action_horizon")
 
 
@@ -49,17 +49,17 @@ def _sizes(config: Any) -> str | None:
 
 
 def _arguments(config: Any) -> dict[str, Any]:
-    """Arguments that add to the checkpoint; none for a saved policy, which says everything itself."""
+    """Arguments that complement the checkpoint; none for a saved policy, which is complete."""
     if config.pretrained_path is not None:
         return {}
     return {name: getattr(config, name) for name in ("embodiment", "asset_id", "tokenizer", "default_prompt")}
 
 
 def load_to_act(config: Any) -> Policy:
-    """The policy for inference, in the fastest dtype of the device."""
+    """Load the policy for inference, by default in the device's fastest dtype."""
     arguments = _arguments(config)
     if arguments and config.norm_stats == "dataset":
-        raise PluginError("norm_stats is dataset, and there is none to train on; leave it out, or name a file.")
+        raise PluginError("norm_stats is dataset, but there is no training dataset; leave it out, or pass a file.")
     if arguments and config.norm_stats != "checkpoint":
         arguments["norm_stats"] = config.norm_stats
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -69,13 +69,13 @@ def load_to_act(config: Any) -> Policy:
 
 
 def open_to_train(config: Any, meta: Any) -> Policy:
-    """The policy in float32, of which the parameters that are not trained are frozen.
+    """Load the policy in float32 for training, with untrained parameters frozen.
 
     Args:
         meta: LeRobot's metadata of the dataset.
 
     Raises:
-        ValueError: rate, names or units of the dataset are not the robot's.
+        ValueError: the dataset's rate, names or units differ from the robot's.
     """
     checkpoint = open_checkpoint(address(config), config=_sizes(config))
     checkpoint.require_full_precision("trained")
@@ -114,34 +114,34 @@ def open_to_train(config: Any, meta: Any) -> Policy:
 
 
 def _takes_dataset_stats(config: Any, checkpoint: Checkpoint) -> bool:
-    """True if the statistics are to be the dataset's, see `TorchpiConfig.norm_stats`."""
+    """True if the dataset's statistics are used, see `TorchpiConfig.norm_stats`."""
     if config.norm_stats is not None or config.asset_id is not None:
         return config.norm_stats == "dataset"
     return checkpoint.spec().norm_stats is None or config.embodiment is not None
 
 
 def _checked_dataset(meta: Any, robot: Embodiment, horizon: int) -> LeRobotDataset:
-    """The dataset as torchpi reads it, whose rate, names and units are the robot's.
+    """Open the dataset with torchpi and compare its rate, names and units with the robot's.
 
-    LeRobot passes frames on as they are, so dimensions in another order are an error here.
+    LeRobot passes frames on unchanged, so dimensions in another order are an error.
     """
     if robot.control_hz is not None and not same_rate(robot.control_hz, meta.fps):
         raise PluginError(
             f"{meta.root} has {meta.fps:g} frames per second, and '{robot.name}' acts at {robot.control_hz:g} Hz; "
             "resample the dataset (torchpi data resample), or correct control_hz of the embodiment."
         )
-    # LeRobot downloads the files of the episodes that it is to read.
-    there = [i for i in range(meta.total_episodes) if (meta.root / meta.get_data_file_path(i)).is_file()]
-    dataset = LeRobotDataset(meta.root, action_horizon=horizon, episodes=there, cameras=())
+    # LeRobot downloads only the files of the chosen episodes.
+    available = [i for i in range(meta.total_episodes) if (meta.root / meta.get_data_file_path(i)).is_file()]
+    dataset = LeRobotDataset(meta.root, action_horizon=horizon, episodes=available, cameras=())
     names = {STATE: dataset.state_names, ACTION: dataset.action_names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*They are put into that order")  # not here
         order = in_robot_order(robot, dataset.columns, names, dataset.path)
-    for key, places in order.items():
-        if places != sorted(places):
+    for key, indices in order.items():
+        if indices != sorted(indices):
             raise PluginError(
                 f"{meta.root}: {key} has {', '.join(names[key] or ())}, another order than '{robot.name}', and LeRobot "
-                "would pass it on so. List the dimensions in the dataset's order in the embodiment."
+                "passes them on unchanged. List the dimensions in the dataset's order in the embodiment."
             )
     if problems := unit_problems(dataset, robot):
         raise PluginError(problems[0])

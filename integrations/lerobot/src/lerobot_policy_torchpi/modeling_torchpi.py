@@ -1,4 +1,4 @@
-"""A torchpi policy in the process as LeRobot's policy."""
+"""LeRobot policy that runs a torchpi policy in the process."""
 
 import pathlib
 import tempfile
@@ -25,17 +25,17 @@ from torchpi.types import PreviousChunk
 
 
 class TorchpiPolicy(ChunkPolicy, PreTrainedPolicy):
-    """Transforms, normalization and model are torchpi's; `model` is the module that LeRobot trains.
+    """LeRobot policy with torchpi's transforms, normalization and model; LeRobot trains the module `model`.
 
-    With LeRobot's dataset it is made for training: float32 weights, a computation in `dtype`. Without, it is made to
-    act, in `dtype` and with an engine, which needs weights that stay the same.
+    With LeRobot's dataset the policy is created for training: float32 weights, computation in `dtype`. Otherwise it is
+    created for inference, in `dtype` and with an engine, which requires constant weights.
     """
 
     config_class = TorchpiConfig
     name = "torchpi"
 
     def __init__(self, config: TorchpiConfig, *, dataset_meta: Any = None, dataset_stats: Any = None) -> None:
-        """Load the policy; `dataset_stats` are not read, see `TorchpiConfig.norm_stats`."""
+        """Load the policy; `dataset_stats` are not used, see `TorchpiConfig.norm_stats`."""
         super().__init__(config)
         self.is_trained = dataset_meta is not None
         self.torchpi = local.open_to_train(config, dataset_meta) if self.is_trained else local.load_to_act(config)
@@ -56,7 +56,7 @@ class TorchpiPolicy(ChunkPolicy, PreTrainedPolicy):
         return list(self.torchpi.infer_batch(requests, noise=noise, num_steps=self.config.num_steps, prefixes=prefixes))
 
     def supports_rtc(self) -> bool:
-        """True: any policy is guided, and one that was trained for it continues an action prefix."""
+        """True: any policy can be guided, and one trained with action prefixes continues them."""
         return True
 
     def forward(
@@ -67,50 +67,50 @@ class TorchpiPolicy(ChunkPolicy, PreTrainedPolicy):
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The flow-matching loss, over all of a chunk and padded dimensions as in openpi.
+        """Compute the flow-matching loss over the whole chunk and padded dimensions, as in openpi.
 
         Args:
             batch: see `requests_of`, and "action" [B, H, a] in the robot's units.
-            reduction: "mean", or "none": one for each sample [B].
-            noise: x at t = 1 [B, H, action_dim]; by default drawn.
-            time: t [B]; by default drawn.
+            reduction: "mean", or "none" for one loss per sample, [B].
+            noise: x at t = 1, [B, H, action_dim]; drawn by default.
+            time: t, [B]; drawn by default.
         """
         if not self.is_trained:
             raise PluginError(
-                "This policy was loaded to act, maybe in bfloat16; make it with LeRobot's dataset (dataset_meta=), as "
-                "lerobot-train does."
+                "This policy was loaded for inference, maybe in bfloat16; create it with LeRobot's dataset "
+                "(dataset_meta=), as lerobot-train does."
             )
         requests = requests_of(batch, self.metadata["observation"], self.config.cameras)
         rows = zip(requests, batch[ACTION].float().cpu().numpy(), strict=True)
-        with ThreadPoolExecutor() as threads:  # PIL and the tokenizer leave Python's lock
-            found = threads.map(self.torchpi.prepare, [{**request, "actions": actions} for request, actions in rows])
-            samples = [sample for _, sample in found]
+        with ThreadPoolExecutor() as threads:  # PIL and the tokenizer release the GIL
+            prepared = threads.map(self.torchpi.prepare, [{**request, "actions": actions} for request, actions in rows])
+            samples = [sample for _, sample in prepared]
         device = self.model.device
         actions = torch.from_numpy(np.stack([sample["actions"] for sample in samples])).float().to(device)
         if noise is None:
             noise = torch.randn(actions.shape, device=device)
         if time is None:
             time = sample_time(len(actions), device=device)
-        with torch.autocast(device.type, enabled=False):  # the policy has a dtype of its own
+        with torch.autocast(device.type, enabled=False):  # the policy sets its own dtype
             loss = self.model(collate(samples).to(device), actions, noise=noise, time=time)  # [B, H]
         return (loss.mean() if reduction == "mean" else loss.mean(dim=1)), {}
 
     def get_optim_params(self) -> list[Tensor]:
-        """The parameters that are trained."""
+        """Trainable parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def wrap_with_peft(self, *_: Any, **__: Any) -> Any:
-        """Refuse PEFT's adapters: they would not travel with the policy folder."""
+        """Refuse PEFT's adapters, which the policy folder would not contain."""
         raise PluginError(
-            "torchpi's policies are not wrapped by PEFT. Train a part of the weights (--policy.finetune=expert), or "
+            "torchpi's policies do not support PEFT. Train a part of the weights (--policy.finetune=expert), or "
             "LoRA with torchpi train --finetune lora, whose policy LeRobot runs as --policy.checkpoint."
         )
 
     def _save_pretrained(self, save_directory: pathlib.Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A folder that is LeRobot's policy and a torchpi policy folder at once.
+        """Write a folder that is both a LeRobot policy and a torchpi policy folder.
 
         Args:
-            state_dict: this module's, where it was gathered from several processes.
+            state_dict: state of this module, if it was gathered from several processes.
         """
         self.config._save_pretrained(save_directory)
         self.torchpi.write_spec(pathlib.Path(save_directory))
@@ -118,7 +118,7 @@ class TorchpiPolicy(ChunkPolicy, PreTrainedPolicy):
         write_weights(pathlib.Path(save_directory), self.model, read=read)
 
     def push_model_to_hub(self, cfg: Any, **options: Any) -> None:
-        """Upload the policy. LeRobot's own upload leaves a tokenizer.model out, without which no prompt is read."""
+        """Upload the policy, including tokenizer.model, which LeRobot's own upload leaves out."""
         super().push_model_to_hub(cfg, **options)
         with tempfile.TemporaryDirectory() as folder:
             self.torchpi.write_tokenizer(pathlib.Path(folder))
@@ -136,17 +136,17 @@ class TorchpiPolicy(ChunkPolicy, PreTrainedPolicy):
         dataset_stats: Any = None,
         **options: Any,
     ) -> Self:
-        """The policy that was saved at a path, or in a repository of the Hub, see `_save_pretrained`.
+        """Load a policy saved by `_save_pretrained`, from a folder or a repository of the Hub.
 
         Args:
-            pretrained_name_or_path: None: the policy of `config.checkpoint`.
-            config: with other options than the saved ones; those of `SOURCE` must be the same.
+            pretrained_name_or_path: None for the policy of `config.checkpoint`.
+            config: replaces the saved options; those of `SOURCE` must be equal.
 
         Raises:
-            ValueError: an option that decides the policy is not what it was saved with.
+            ValueError: an option of `SOURCE` differs from the saved one.
         """
         if given := sorted(name for name, value in options.items() if value):
-            raise PluginError(f"from_pretrained takes no {', '.join(given)}; TORCHPI_HOME and HF_TOKEN decide them.")
+            raise PluginError(f"from_pretrained takes no {', '.join(given)}; set TORCHPI_HOME and HF_TOKEN instead.")
         if pretrained_name_or_path is not None:
             saved = PreTrainedConfig.from_pretrained(pretrained_name_or_path, revision=revision)
             config = config or saved
@@ -162,6 +162,6 @@ def _require_same_source(saved: Any, config: Any, path: Any) -> None:
         before, now = getattr(saved, name), getattr(config, name)
         if before != now:
             raise PluginError(
-                f"{path} was saved with {name} {before!r}, and {now!r} is asked for; a saved policy stays what it is. "
-                f"To make another one of it: --policy.type=torchpi --policy.checkpoint={path} --policy.{name}={now}."
+                f"{path} was saved with {name} {before!r}, but {now!r} is requested; a saved policy can't be changed. "
+                f"To create another one from it: --policy.type=torchpi --policy.checkpoint={path} --policy.{name}={now}."
             )

@@ -1,4 +1,4 @@
-"""A policy on a server as LeRobot's policy."""
+"""LeRobot policy that uses a policy server."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ from torchpi_client.protocol import RTC, PreviousChunk, require_support
 
 
 class TorchpiRemotePolicy(ChunkPolicy, PreTrainedPolicy):
-    """Observations go to the server, chunks come back."""
+    """LeRobot policy that sends observations to a server and receives chunks."""
 
     config_class = TorchpiRemoteConfig
     name = "torchpi_remote"
@@ -28,7 +28,9 @@ class TorchpiRemotePolicy(ChunkPolicy, PreTrainedPolicy):
         """Connect; LeRobot's dataset is not needed."""
         super().__init__(config)
         if config.server is None:
-            raise MissingKeyError("No policy server is stated: --policy.server=ws://HOST:PORT, as torchpi serve says.")
+            raise MissingKeyError(
+                "No policy server is given; pass --policy.server=ws://HOST:PORT, the address that torchpi serve prints."
+            )
         self.client = WebsocketPolicy(
             config.server,
             api_key=os.environ.get("TORCHPI_TOKEN"),
@@ -45,7 +47,7 @@ class TorchpiRemotePolicy(ChunkPolicy, PreTrainedPolicy):
         self, requests: Sequence[dict[str, Any]], left_over: Sequence[LeftOver | None], noise: np.ndarray | None
     ) -> Sequence[Mapping[str, Any]]:
         if noise is not None:
-            raise PluginError("torchpi_remote takes no noise: the server draws it.")
+            raise PluginError("torchpi_remote takes no noise, because the server draws it.")
         horizon, answers = self.metadata["action_horizon"], []
         for request, rest in zip(requests, left_over, strict=True):
             if rest is not None:
@@ -57,7 +59,7 @@ class TorchpiRemotePolicy(ChunkPolicy, PreTrainedPolicy):
         return answers
 
     def supports_rtc(self) -> bool:
-        """True if the server does."""
+        """True if the server supports it."""
         return self.metadata.get(RTC) is True
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any] | None]:
@@ -75,6 +77,6 @@ class TorchpiRemotePolicy(ChunkPolicy, PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: Any, *, config: Any = None, revision: str | None = None, **_: Any
     ) -> Self:
-        """The policy of a config.json, or of `config`: there are no weights to load."""
+        """Create the policy from a config.json, or from `config`; there are no weights to load."""
         policy = cls(config or PreTrainedConfig.from_pretrained(pretrained_name_or_path, revision=revision))
         return policy.eval()

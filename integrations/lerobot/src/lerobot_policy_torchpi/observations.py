@@ -1,4 +1,4 @@
-"""From LeRobot's batches to the observations that the policy's robot would send, by the metadata of the policy."""
+"""Conversion of LeRobot's batches to the robot's observations, as the policy's metadata describe them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,23 +11,23 @@ from torch import Tensor
 from lerobot_policy_torchpi.errors import MissingKeyError, PluginError
 
 STATE, ACTION, IMAGE = "observation.state", "action", "observation.image"
-"""LeRobot's keys; cameras are IMAGE itself, and what begins with it."""
+"""LeRobot's keys; camera keys begin with IMAGE."""
 _ROUNDING = 1e-3
-"""Excess of an image's values over [0, 1] that resizing may leave."""
+"""Tolerance for image values outside [0, 1], caused by resizing."""
 
 
 def require_format(metadata: Mapping[str, Any], source: str) -> None:
-    """Refuse a policy that does not say what its observations and actions are, such as that of openpi's server."""
+    """Refuse a policy whose metadata do not describe observations and actions, such as openpi's server's."""
     if missing := [name for name in ("observation", "action_names", "action_horizon") if not metadata.get(name)]:
         raise PluginError(
-            f"{source} does not say {', '.join(missing)} in its metadata, so LeRobot's cameras and state can't be "
-            "matched with its own. Serve the checkpoint with torchpi serve, with a config that states its horizon."
+            f"{source} does not state {', '.join(missing)} in its metadata, so LeRobot's cameras and state can't be "
+            "matched with the policy's. Serve the checkpoint with torchpi serve, with a config that states its horizon."
         )
 
 
 def check_features(config: Any, metadata: Mapping[str, Any]) -> None:
-    """Compare the features of LeRobot's dataset or environment, as far as they are known, with the policy's, and the
-    number of executed actions with its chunks.
+    """Compare the known features of LeRobot's dataset or environment with the policy's, and the number of executed
+    actions with the length of its chunks.
 
     Raises:
         KeyError: a camera or the state is missing.
@@ -41,8 +41,8 @@ def check_features(config: Any, metadata: Mapping[str, Any]) -> None:
     action = (config.output_features or {}).get(ACTION)
     if action is not None and action.shape[0] != len(names):
         raise PluginError(
-            f"LeRobot's {ACTION} has {action.shape[0]} dimensions, those of the policy are {len(names)}: "
-            f"{', '.join(names)}. Take a policy of this robot."
+            f"LeRobot's {ACTION} has {action.shape[0]} dimensions, the policy's has {len(names)}: "
+            f"{', '.join(names)}. Use a policy for this robot."
         )
     if not (features := config.input_features):
         return
@@ -55,13 +55,13 @@ def check_features(config: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def match_cameras(form: Mapping[str, Any], keys: Sequence[str], renamed: Mapping[str, str]) -> dict[str, str]:
-    """LeRobot's key of each of the policy's cameras; an optional one may be missing.
+    """Find LeRobot's key for each of the policy's cameras; an optional one may be missing.
 
-    They are the same camera if the last parts of their keys are, or if `renamed` says so: {the policy's: LeRobot's}.
+    Cameras match if the last parts of their keys are equal, or by `renamed`: {policy's key: LeRobot's key}.
 
     Raises:
-        KeyError: a required camera is missing, or `renamed` has a camera that there is not.
-        ValueError: two of LeRobot's cameras end alike; the policy reads depth.
+        KeyError: a required camera is missing, or `renamed` names an unknown camera.
+        ValueError: several of LeRobot's cameras match, or the policy reads depth.
     """
     own = [camera["key"] for camera in form["cameras"]]
     named = {_one_of(name, own, "The policy"): _one_of(key, keys, "LeRobot's batch") for name, key in renamed.items()}
@@ -70,26 +70,26 @@ def match_cameras(form: Mapping[str, Any], keys: Sequence[str], renamed: Mapping
         key = camera["key"]
         found = [named[key]] if key in named else [other for other in keys if _last(other) == _last(key)]
         if "depth_unit" in camera and found:
-            raise PluginError(f"The policy's camera {key} reads depth, which this package does not pass on.")
+            raise PluginError(f"The policy's camera {key} reads depth, which this package does not support.")
         if len(found) > 1:
-            raise PluginError(f"{', '.join(found)} end in {_last(key)}; say which is {key}: {_option(key)}.")
+            raise PluginError(f"{', '.join(found)} end in {_last(key)}; choose the one for {key}: {_option(key)}.")
         if found:
             matched[key] = found[0]
         elif camera["presence"] == "required":
             raise MissingKeyError(
                 f"LeRobot's batch has no camera for {key}, which the policy requires; it has "
                 f"{', '.join(keys) or 'no image'}, and the policy's cameras are {', '.join(own)}. If one of LeRobot's "
-                f"is that camera, say so: {_option(key, keys)}."
+                f"is this camera, pass {_option(key, keys)}."
             )
     return matched
 
 
 def requests_of(batch: Mapping[str, Any], form: Mapping[str, Any], renamed: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Each observation of a batch as the policy's robot would send it; the batch is not changed.
+    """Split a batch into the observations that the policy's robot would send; the batch is not changed.
 
     Args:
         batch: images [B, 3, h, w], in [0, 1] or uint8; "observation.state" [B, s] in the robot's units; "task", one or
-            B texts. A blank task is none: the policy's default prompt is used, if it has one.
+            B texts. For a blank task the policy's default prompt is used, if it has one.
         form: "observation" of the policy's metadata.
         renamed: see `match_cameras`.
     """
@@ -110,7 +110,7 @@ def requests_of(batch: Mapping[str, Any], form: Mapping[str, Any], renamed: Mapp
 
 
 def _as_sent(images: Tensor, key: str, camera: Mapping[str, Any]) -> np.ndarray:
-    """Images [B, 3, h, w] in the layout and dtype that the robot sends."""
+    """Convert images [B, 3, h, w] to the layout and dtype that the robot sends."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise PluginError(f"{key} is {list(images.shape)}; expected colours, [B, 3, h, w].")
     if images.dtype != torch.uint8:
@@ -126,7 +126,7 @@ def _as_sent(images: Tensor, key: str, camera: Mapping[str, Any]) -> np.ndarray:
 
 
 def _state_parts(batch: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The parts of the state [B, d], under the robot's keys."""
+    """Parts of the state [B, d], by the robot's keys."""
     if STATE not in batch:
         raise _no_state(form, list(batch))
     state = batch[STATE]
@@ -145,15 +145,15 @@ def _check_state(form: Mapping[str, Any], found: int) -> None:
     shortest = len(names) - len(form["state"][-1]["names"]) + 1
     if not shortest <= found <= len(names):
         raise PluginError(
-            f"LeRobot's {STATE} has {found} dimensions, the policy reads {len(names)}: {', '.join(names)}. Take a "
-            "policy of this robot."
+            f"LeRobot's {STATE} has {found} dimensions, the policy reads {len(names)}: {', '.join(names)}. Use a "
+            "policy for this robot."
         )
 
 
 def _no_state(form: Mapping[str, Any], keys: Sequence[str]) -> MissingKeyError:
     names = [name for part in form["state"] for name in part["names"]]
     return MissingKeyError(
-        f"LeRobot's batch has no {STATE}, of which the policy reads {', '.join(names)}; it has {', '.join(keys)}."
+        f"LeRobot's batch has no {STATE}, from which the policy reads {', '.join(names)}; it has {', '.join(keys)}."
     )
 
 

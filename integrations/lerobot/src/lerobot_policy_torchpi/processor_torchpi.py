@@ -1,4 +1,4 @@
-"""The processors around the policy `torchpi`, which leave all numbers alone."""
+"""Processors of the policy `torchpi`, which do not change numbers."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from lerobot.processor import make_default_pre_post_processors
 
 
 def make_torchpi_pre_post_processors(config: Any, dataset_stats: Any = None) -> tuple[Any, Any]:
-    """LeRobot's renaming, batching and moving to the device, and identities in the place of its normalization.
+    """Create LeRobot's processors for renaming, batching and moving to the device, without normalization.
 
-    `dataset_stats` are not read: the policy normalizes itself. LeRobot's quantiles are means or envelopes of those of
-    episodes, and it has none of actions relative to the state.
+    `dataset_stats` are not used, because the policy normalizes itself: LeRobot's quantiles are means or envelopes of
+    the episodes' quantiles, and it has none of actions relative to the state.
     """
     return make_default_pre_post_processors(config)

@@ -1,4 +1,4 @@
-"""The processors around the policy `torchpi_remote`, which leave all numbers alone."""
+"""Processors of the policy `torchpi_remote`, which do not change numbers."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from lerobot.processor import make_default_pre_post_processors
 
 
 def make_torchpi_remote_pre_post_processors(config: Any, dataset_stats: Any = None) -> tuple[Any, Any]:
-    """LeRobot's renaming, batching and moving to the device; the server normalizes."""
+    """Create LeRobot's processors for renaming, batching and moving to the device; the server normalizes."""
     return make_default_pre_post_processors(config)
