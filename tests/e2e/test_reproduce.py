@@ -72,7 +72,7 @@ def test_page_has_a_command_for_each_number(dry_run):
         ("demo --env metaworld --token x", "A token is for the address of a server"),
         ("demo --dataset nowhere", "There is no dataset at nowhere"),
         ("demo --dataset hf://x", "Malformed address 'hf://x' of a dataset"),
-        ("demo --dataset hf://a/b --rename x", "renames nothing"),
+        ("demo --dataset hf://a/b --rename x", "is not a renaming"),
     ],
 )
 def test_dry_run_refuses_what_the_evaluation_would(dry_run, capsys, line, words):

@@ -51,14 +51,16 @@ def test_clocks_of_episodes_may_begin_anywhere(version, clock, clock_type, tmp_p
 
 def test_clock_that_cannot_tell_frames_apart_is_an_error(tmp_path):
     root = write_set(tmp_path / "set", clock=lambda e, t: t + 1.7e9)
-    refused(root, r"episode 0 begins at 1700000000 s, where float32 has a value every 128 s only; write it as float64")
+    refused(
+        root, r"episode 0 starts at 1700000000 s, where float32 has a resolution of only 128 s; write it as float64"
+    )
 
 
 @pytest.mark.parametrize(
     ("clock", "message"),
     [
-        (lambda e, t: t * 1e3, "seem to be milliseconds"),
-        (lambda e, t: t * 1e9, "seem to be nanoseconds"),
+        (lambda e, t: t * 1e3, "seem to be in milliseconds"),
+        (lambda e, t: t * 1e9, "seem to be in nanoseconds"),
         (lambda e, t: t / 3, r"frame 1 of episode 0 was taken 0\.0333 s .*The whole episode has 30\."),
         (lambda e, t: np.maximum(0, t - 0.1), r"frame 1 of episode 0 was taken 0\.0000 s"),  # twice the same
         (lambda e, t: t * 0, r"The whole episode has inf\."),
@@ -86,7 +88,7 @@ def test_nearest_frame_is_read_with_any_tolerance(version, tolerance, tmp_path):
 def test_uneven_clock_within_the_tolerance_changes_no_frame(shift, tmp_path):
     root = write_set(tmp_path / "set", clock=lambda e, t: t + shift * (t > 0))
     assert not wrong_frames(opened(root, tolerance_s=0.06))
-    refused(root, r"if its clock is uneven, allow for more with tolerance_s=")
+    refused(root, r"if its clock is uneven, allow more with tolerance_s=")
 
 
 def test_times_of_frames_within_the_tolerance_change_no_frame(tmp_path):
@@ -95,7 +97,7 @@ def test_times_of_frames_within_the_tolerance_change_no_frame(tmp_path):
     times[0], times[-1] = 0, 5.86
     root = write_set(tmp_path / "set", videos={FRONT: {"times": times.tolist()}})
     assert not wrong_frames(opened(root, tolerance_s=0.045))
-    with pytest.raises(ValueError, match=r"frames are off by .*, and tolerance_s= allows for 0.0250 s"):
+    with pytest.raises(ValueError, match=r"the frames of episode 2, .* are off by .*, and tolerance_s= is 0.0250 s"):
         wrong_frames(opened(root))
 
 
@@ -125,22 +127,26 @@ def test_episodes_may_have_any_order_in_a_file(tmp_path):
 
 @pytest.mark.parametrize("frames", [(0, -20, -35), (0, 0, -1), (0, 1, 0), (3, 0, 0), (0, 0, -30)])
 def test_episodes_that_share_frames_are_an_error(frames, tmp_path):
-    refused(write_set(tmp_path / "set", rows=shifted(frames)), r"have the same part of .*file-000\.mp4 \(")
+    refused(write_set(tmp_path / "set", rows=shifted(frames)), r"overlap in .*file-000\.mp4 \(")
 
 
 def test_overlap_of_other_episodes_is_no_matter(tmp_path):
     root = write_set(tmp_path / "set", rows=shifted((0, 0, -3)))
     assert not wrong_frames(opened(root, episodes=[0]))
-    refused(root, "Episodes 1 and 2 have the same part", episodes=[1])
+    refused(root, "Episodes 1 and 2 overlap in", episodes=[1])
 
 
 @pytest.mark.parametrize(
     ("frames", "episodes", "message"),
     [
-        ((0, 1, 2), [0, 1], "isn't the time of frame 20, the first one of episode 1"),  # spans drift
-        ((1, 2, 3), [0, 1], "isn't the time of frame 0, the first one of episode 0"),
-        ((0, 0, 1), None, "from 3.6000 s on .* it has 24 in place of the 25 frames of episode 2"),
-        ((0, 0.4, 0), None, "frames are off by 0.0400 s, and tolerance_s= allows for 0.0250 s, in those of episode 1"),
+        (
+            (0, 1, 2),
+            [0, 1],
+            "from_timestamp of episode 1, .* is not the time of its first frame, number 20",
+        ),  # spans drift
+        ((1, 2, 3), [0, 1], "from_timestamp of episode 0, .* is not the time of its first frame, number 0"),
+        ((0, 0, 1), None, "episode 2, from 3.6000 s .* on, has 24 frames instead of 25"),
+        ((0, 0.4, 0), None, "frames of episode 1, .* are off by 0.0400 s, and tolerance_s= is 0.0250 s"),
     ],
 )
 def test_spans_that_are_not_those_of_the_frames_are_errors(frames, episodes, message, tmp_path):
@@ -150,7 +156,7 @@ def test_spans_that_are_not_those_of_the_frames_are_errors(frames, episodes, mes
 
 def test_video_that_begins_late_is_an_error(tmp_path):
     root = write_set(tmp_path / "set", videos={FRONT: {"times": [0.2 + i / 10 for i in range(60)]}})
-    refused(root, r"from 0\.2000 to 6\.1000 s, .*; 0\.0000 s \(from_timestamp\), which is before its first frame")
+    refused(root, r"from 0\.2000 to 6\.1000 s, .*; from_timestamp of episode 0, 0\.0000 s, is before the first frame")
 
 
 @pytest.mark.parametrize(("late", "found"), [(0.06, 19), (0.2, 18)])
@@ -159,7 +165,7 @@ def test_no_tolerance_takes_other_frames_of_a_video_that_begins_late(late, found
     root = write_set(tmp_path / "set", version="v2.1")
     path = root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
     encode(path, range(20), 10, times=[late + i / 10 for i in range(20)])
-    refused(root, f"it has {found} in place of the 20 frames of episode 0", tolerance_s=0.3)
+    refused(root, f"episode 0, .* has {found} frames instead of 20", tolerance_s=0.3)
     encode(path, range(20), 10, times=[0.04 + i / 10 for i in range(20)])
     assert not wrong_frames(opened(root, tolerance_s=0.3))
 
@@ -172,7 +178,7 @@ def test_no_tolerance_takes_other_frames_of_an_uneven_video(version, tmp_path):
     if version == "v2.1":
         path = root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
         encode(path, range(20), 10, times=times[:20])
-    found = "off by 0.0600 s, and no tolerance_s= allows for more than 0.0490 s, in those of episode 0"
+    found = "frames of episode 0, .* are off by 0.0600 s, and the maximum of tolerance_s= is 0.0490 s"
     refused(root, found, tolerance_s=0.07)
     assert not wrong_frames(opened(root, tolerance_s=0.07, episodes=[1, 2]))
 
@@ -235,7 +241,7 @@ def test_missing_frame_that_left_a_gap_is_no_matter_for_other_episodes(tmp_path)
     video = {"numbers": [NUMBERS[i] for i in gap], "times": [i / 10 for i in gap]}
     root = write_set(tmp_path / "set", videos={FRONT: video})
     assert not wrong_frames(opened(root, episodes=[0, 2]))
-    refused(root, "from 2.0000 s on .* it has 14 in place of the 15 frames of episode 1")
+    refused(root, "episode 1, from 2.0000 s .* on, has 14 frames instead of 15")
 
 
 def test_each_camera_is_compared_with_its_own_spans(tmp_path):
@@ -268,7 +274,7 @@ def test_video_of_another_rate_is_an_error(fps, video_fps, lengths, version, tmp
     if version == "v2.1":
         path = V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
         encode(root / path, range(lengths[0]), video_fps)
-    refused(root, rf"video has {video_fps} frames per second, and meta/info\.json says {fps}:", episodes=[0])
+    refused(root, rf"video has {video_fps} frames per second, and meta/info\.json states {fps}:", episodes=[0])
 
 
 @pytest.mark.parametrize("rate", [Fraction(30_000, 1001), Fraction(2997, 100)])

@@ -172,7 +172,7 @@ def test_order_that_one_of_state_and_action_does_not_tell_is_an_error(column, si
     rename_dimensions(path, {column: silent})
     with (
         pytest.warns(UserWarning, match="put into that order"),
-        pytest.raises(ValueError, match=rf"names of {column} \(.*\) don't tell whether it has that one"),
+        pytest.raises(ValueError, match=rf"names of {column} \(.*\) don't tell whether it has that order"),
     ):
         LeRobotDataset(path, action_horizon=3, embodiment=robot())
     LeRobotDataset(rename_dimensions(path, dict.fromkeys(["observation.state", "action"], silent)), action_horizon=3)

@@ -59,7 +59,7 @@ def test_equal_rates_change_nothing(fps, hz, thirty):
 
 @pytest.mark.parametrize(("hz", "fps"), [(10, None), (50, None), (29, None), (10, 20), (30, 10)])
 def test_different_rates_are_an_error_that_has_both(hz, fps, thirty):
-    message = rf"30 frames per second.* acts at {hz} Hz \(control_hz\).* times the speed .*fps={hz}, or, if"
+    message = rf"30 frames per second.* acts at {hz} Hz \(control_hz\).* times the recorded speed.*fps={hz}, or, if"
     with pytest.raises(DatasetError, match=message):
         opened(thirty, robot(hz), fps)
 
@@ -145,7 +145,7 @@ def test_constant_velocity_stays_as_it_is(thirty):
 
 
 def test_actions_without_a_command_are_not_resampled(thirty):
-    with pytest.raises(DatasetError, match=r"doesn't state the command of j0, j1, j2, j3.*Write \"command\""):
+    with pytest.raises(DatasetError, match=r"doesn't state the command of j0, j1, j2, j3.*State \"command\""):
         opened(thirty, robot(10, None), 10)
 
 
@@ -199,7 +199,7 @@ def test_commands_compare_and_resample(command, thirty, robot_file, capsys):
 def test_commands_take_a_tolerance(tmp_path, robot_file, capsys):
     uneven = write_set(tmp_path / "uneven", (12,), kind="image", clock=lambda e, t: t + 0.04 * (t > 0))
     words = ["stats", uneven, "--embodiment", robot_file(10)]
-    assert "allow for more with --tolerance-s" in run(capsys, *words).err
+    assert "allow more with --tolerance-s" in run(capsys, *words).err
     assert "12 frames" in run(capsys, *words, "--tolerance-s", "0.05").out
 
 

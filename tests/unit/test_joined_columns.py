@@ -115,11 +115,19 @@ def test_option_that_joins_columns_is_suggested(one_set):
 @pytest.mark.parametrize(
     ("rename", "error", "message"),
     [
-        ("joint_position+gripper=observation.state", KeyError, r"no gripper that could be renamed; its columns and"),
+        ("joint_position+gripper=observation.state", KeyError, r"no gripper to rename; its columns and"),
         ("joint_position+wrist_image_left=x", ValueError, r"wrist_image_left of .* can't be joined .* it is image of"),
-        ("joint_position+joint_position=x", ValueError, "joint_position of .* would be used twice"),
-        ("joint_position+gripper_position=x gripper_position=y", ValueError, "gripper_position of .* used twice"),
-        ("joint_position+gripper_position=actions", ValueError, "can't be renamed to actions: the dataset has it"),
+        ("joint_position+joint_position=x", ValueError, "rename uses joint_position of .* twice"),
+        (
+            "joint_position+gripper_position=x gripper_position=y",
+            ValueError,
+            "uses gripper_position of .* twice",
+        ),
+        (
+            "joint_position+gripper_position=actions",
+            ValueError,
+            "can't be renamed to actions: the dataset has",
+        ),
         ("joint_position+=x", ValueError, r"expected OLD=NEW, .* or OLD\+OLD=NEW"),
     ],
 )

@@ -401,17 +401,25 @@ def test_unread_camera_is_suggested_for_a_missing_one():
     with pytest.raises(KeyError, match=rf"no camera for images\.cam_high.*its cameras are top\. .*{option}"):
         camera_keys_of(get_embodiment("aloha"), ["observation.images.top"])
     frame = {key: np.zeros((2, 2, 3), np.uint8) for key in ("left", "right")}
-    with pytest.raises(KeyError, match=r"if left or right is the camera.*--rename NAME=observation\.images\.base"):
+    with pytest.raises(KeyError, match=r"if left or right is this camera.*--rename NAME=observation\.images\.base"):
         to_observation(frame, get_embodiment("metaworld"))
 
 
 @pytest.mark.parametrize(
     ("rename", "error", "message"),
     [
-        ({"pose": "state"}, KeyError, "no pose that could be renamed; its columns and cameras are .*observation.state"),
-        ({"action": "observation.state"}, ValueError, "can't be renamed to observation.state: the dataset has it"),
-        ({BASE: "eye", WRIST: "eye"}, ValueError, f"{WRIST} .* can't be renamed to eye: {BASE} is renamed to it, too"),
-        ({"action": "task"}, ValueError, "can't be renamed to task: every frame gets it"),
+        ({"pose": "state"}, KeyError, "no pose to rename; its columns and cameras are .*observation.state"),
+        (
+            {"action": "observation.state"},
+            ValueError,
+            "can't be renamed to observation.state: the dataset has",
+        ),
+        (
+            {BASE: "eye", WRIST: "eye"},
+            ValueError,
+            f"{WRIST} .* can't be renamed to eye: {BASE} is renamed to it as well",
+        ),
+        ({"action": "task"}, ValueError, "can't be renamed to task: the reader adds it"),
     ],
 )
 def test_impossible_renames_are_errors(rename, error, message, golden_sets):
@@ -424,7 +432,7 @@ def test_parse_rename():
     }  # fmt: skip
     assert parse_rename([]) == {}
     for value in ("state", "=action", "state=", "a=b=c"):
-        with pytest.raises(ValueError, match=f"'{value}' renames nothing; expected OLD=NEW"):
+        with pytest.raises(ValueError, match=f"'{value}' is not a renaming; expected OLD=NEW"):
             parse_rename([value])
     with pytest.raises(ValueError, match="a is renamed twice, to b and to c"):
         parse_rename(["a=b", "a=c"])
@@ -688,7 +696,7 @@ def test_check_videos_finds_an_episode_beyond_the_end(copy_of):
     )
     dataset = LeRobotDataset(root, action_horizon=1)
     with pytest.raises(
-        ValueError, match=r"from 0\.2750 s on \(from_timestamp\) it has 14 in place of the 15 frames of episode 2"
+        ValueError, match=r"episode 2, from 0\.2750 s \(from_timestamp\) on, has 14 frames instead of 15"
     ):
         dataset.check_videos()
     LeRobotDataset(root, action_horizon=1, episodes=[0, 1]).check_videos()

@@ -92,7 +92,7 @@ def test_no_video_has_no_callback():
 
 def test_without_an_encoder_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("torchpi.sim.video._ENCODERS", ("no_such",))
-    with pytest.raises(ValueError, match="no encoder for videos; expected one of no_such"):
+    with pytest.raises(ValueError, match="no video encoder; expected one of no_such"):
         recorded_episode(tmp_path / "video.mp4", Corridor(), Forward())
 
 

@@ -1,4 +1,4 @@
-"""Names of files and columns in LeRobot's datasets, which the reader and the writer share."""
+"""Names of files and columns in LeRobot's format."""
 
 STATE = "observation.state"
 ACTION = "action"
@@ -12,15 +12,15 @@ EPISODES_FOLDER = "meta/episodes"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-# v2.1 and v2.0: one file per episode. They differ in their statistics only, of which none are read.
+# v2.1 and v2.0: one file per episode. They differ only in their statistics, which are not read.
 TASKS_JSONL = "meta/tasks.jsonl"
 EPISODES_JSONL = "meta/episodes.jsonl"
 
 VERSIONS = ("v3.0", "v2.1", "v2.0")
 CHUNKS_SIZE = 1000
-"""Files in a folder."""
+"""Maximum number of files per folder."""
 
-# One value per frame, beside state, action and images: their types in a data file.
+# Columns of every dataset with one value per frame, and their types in a data file.
 BOOKKEEPING = {
     "timestamp": "float32",
     "frame_index": "int64",
@@ -30,10 +30,16 @@ BOOKKEEPING = {
 }
 
 NEW_IMAGES = "images_are_new"
-"""A bool column of slow cameras: False in frames that repeat the images of an earlier one."""
+"""Bool column for slow cameras: False in frames that repeat the images of an earlier frame."""
 
-LEAVE_OUT = "leave the episode out (--select, or episodes= in Python)"
-"""The advice to go on without an episode, for errors."""
+
+def leave_out(episodes: str) -> str:
+    """Advice for error messages: how to continue without some episodes."""
+    return f"leave {episodes} out (--select, or episodes= in Python)"
+
+
+LEAVE_OUT = leave_out("the episode")
+
 
 RECORDING_FOLDER = ".recording"
-"""The folder of our writer's episodes until the dataset is finished; not a part of LeRobot's format."""
+"""Folder of the episodes of an unfinished recording. torchpi's own, not part of LeRobot's format."""

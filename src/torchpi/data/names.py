@@ -1,4 +1,4 @@
-"""The names of a dataset's dimensions, compared with a robot's: the same joints in another order, or other joints."""
+"""Comparison of a dataset's dimension names with a robot's: the same joints in another order, or other joints."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,35 +11,38 @@ _SYNONYMS = {
     **{"j": "joint", "l": "left", "r": "right", "jaw": "gripper", "claw": "gripper", "finger": "gripper"},
     **{f"d{axis}": axis for axis in ("x", "y", "z", "roll", "pitch", "yaw")},
 }
-_ROLES, _GENERIC, _ROTATION = (
-    frozenset(words.split())
-    for words in (
-        "action actions state states obs observation observations cmd command target goal main delta value",
-        "left right arm joint motor dim dimension axis channel index servo actuator dof pad",
-        "roll pitch yaw rx ry rz rw qx qy qz qw angle rot rotation euler quat orientation",
-    )
-)
-"""Words that say nothing about the joint; those that any joint could be called by; those of rotations."""
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_ROLES = _set("action actions state states obs observation observations cmd command target goal main delta value")
+"""Words that carry no information about the joint."""
+_GENERIC = _set("left right arm joint motor dim dimension axis channel index servo actuator dof pad")
+"""Words that fit any joint."""
+_ROTATION = _set("roll pitch yaw rx ry rz rw qx qy qz qw angle rot rotation euler quat orientation")
 _POSE = _ROTATION | {"x", "y", "z"}
 _EXCLUSIVE = (frozenset({"left", "right"}), frozenset({"position", "velocity", "effort"}))
-"""Words of which the same dimension never has two."""
+"""Groups of words of which one dimension never has two."""
 
 _Name = tuple[str, ...]
 
 
 def dimension_names(feature: Mapping[str, Any], num_dims: int) -> tuple[str, ...] | None:
-    """The names of a column's dimensions; None: the dataset doesn't name each of them.
+    """Names of a column's dimensions; None if the dataset doesn't name each of them.
 
-    They lie in a list, in lists of lists, in groups {"motors": ["shoulder", …]}, or have indices {"shoulder": 0, …}. A
-    list of two or more that is too short or too long names the first dimensions: these may contradict the robot's.
+    Accepted are a list, nested lists, groups {"motors": ["shoulder", …]} and indices {"shoulder": 0, …}. A list of two
+    or more names with the wrong length names the first dimensions, so that they can still contradict the robot's.
     """
     names = feature.get("names")
     groups = list(names.values()) if isinstance(names, Mapping) else []
-    found = (tuple(_flat(value)) for value in (names, *groups))
-    whole = next((each for each in found if each and len(each) == num_dims), None)
-    if whole is None and isinstance(names, list) and len(some := list(_flat(names))) > 1:
-        return tuple([*some, *(f"dim_{i}" for i in range(len(some), num_dims))][:num_dims])
-    return whole
+    for candidate in (tuple(_flat(value)) for value in (names, *groups)):
+        if candidate and len(candidate) == num_dims:
+            return candidate
+    if isinstance(names, list) and len(first := list(_flat(names))) > 1:
+        return tuple([*first, *(f"dim_{i}" for i in range(len(first), num_dims))][:num_dims])
+    return None
 
 
 def _flat(value: Any, group: str = "") -> Iterator[str]:
@@ -47,7 +50,7 @@ def _flat(value: Any, group: str = "") -> Iterator[str]:
         if value and all(index in value.values() for index in range(len(value))):
             yield from sorted(value, key=value.__getitem__)
             return
-        for key, part in value.items():  # the group tells two arms with the same joints apart
+        for key, part in value.items():  # the group distinguishes two arms with the same joints
             yield from _flat(part, f"{group}{key}_" if len(value) > 1 else group)
     elif isinstance(value, list | tuple):
         for part in value:
@@ -57,11 +60,11 @@ def _flat(value: Any, group: str = "") -> Iterator[str]:
 
 
 def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
-    """The place of each of the robot's dimensions among the dataset's.
+    """The index in the dataset of each of the robot's dimensions.
 
-    Names are the same up to case, separators, what all of them begin or end with, words such as "pos" or "action", and
-    the number that counting starts with. The names decide where both have the same ones; the order does where the names
-    say too little. Names that contradict each other are a ValueError, with a pair of them.
+    Names are compared without case, separators, shared beginnings and endings, words such as "pos" or "action", and the
+    number that counting starts with. If both have the same names, these decide; if the names carry too little
+    information, the order is kept. Contradictory names are a ValueError that shows a pair of them.
     """
     words, wanted = [_words(name) for name in found], [_words(name) for name in expected]
     order = list(range(len(found)))
@@ -77,16 +80,16 @@ def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
                 raise DatasetError(f"{found[j]!r} has the index {j}, not {i}, and not all names are the same")
             if _differ(ours[i], name):
                 raise DatasetError(f"index {i} is {found[i]!r}, not {expected[i]!r}")
-    for i, place in enumerate(order):
+    for i, j in enumerate(order):
         for group in _EXCLUSIVE:
-            a, b = group.intersection(words[place]), group.intersection(wanted[i])
-            if a and b and a != b:
-                raise DatasetError(f"{found[place]!r} is not {expected[i]!r}")
+            ours, theirs = group.intersection(words[j]), group.intersection(wanted[i])
+            if ours and theirs and ours != theirs:
+                raise DatasetError(f"{found[j]!r} is not {expected[i]!r}")
     return order
 
 
 def tell_order(found: Sequence[str] | None, expected: Sequence[str]) -> bool:
-    """False for names that fit the expected ones in any order, such as "motor_0"; None: no names."""
+    """True if names determine the order; False for names such as "motor_0", which fit in any order, and for None."""
     orders = (expected, expected[::-1], [*expected[1:], *expected[:1]])
     try:
         return found is not None and any(order_of(found, each) != list(range(len(found))) for each in orders)
@@ -95,13 +98,13 @@ def tell_order(found: Sequence[str] | None, expected: Sequence[str]) -> bool:
 
 
 def _words(name: str) -> _Name:
-    """Its words and numbers, in small letters: "kLeftElbow.pos" has "k", "left", "elbow" and "position"."""
+    """Lower-case words and numbers of a name: "kLeftElbow.pos" has "k", "left", "elbow" and "position"."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return tuple(_SYNONYMS.get(word, word) for word in re.findall(r"[^\W\d_]+|\d+", spaced.lower()))
 
 
 def _distinct(names: Sequence[_Name], dropped: frozenset[str]) -> list[_Name]:
-    """The part of each name that tells it from the others; numbers count from 0."""
+    """The part of each name that distinguishes it from the others; numbers are made to count from 0."""
     parts = [tuple(word for word in name if word not in dropped) for name in names]
     for end in (0, -1):
         while len(parts) > 1 and all(len(name) > 1 for name in parts) and len({name[end] for name in parts}) == 1:
@@ -124,7 +127,7 @@ def _is_generic(name: _Name) -> bool:
 
 
 def _differ(found: _Name, expected: _Name) -> bool:
-    """True for names that can't be one dimension's."""
+    """True if two names can't mean the same dimension."""
     a, b = _letters(found), _letters(expected)
     is_pose = [bool(words & _POSE) and words <= _POSE | _GENERIC - {"joint"} for words in (a, b)]
     if _is_generic(found) or _is_generic(expected):

@@ -1,4 +1,4 @@
-"""From a dataset's frame to the observation that the robot itself would send."""
+"""Conversion of a dataset's frame to the observation that the robot itself would send."""
 
 import re
 import warnings
@@ -15,23 +15,23 @@ from torchpi.robots.keys import nest
 
 
 def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str, Any]:
-    """A frame of a `LeRobotDataset` as the embodiment's observation, with "actions" and "prompt", for
-    `Embodiment.to_model`.
+    """Convert a frame of a `LeRobotDataset` to the embodiment's observation, with "actions" and "prompt", as
+    `Embodiment.to_model` takes it.
 
-    Cameras are matched by the last part of their keys: "observation.images.cam_high" is "images.cam_high" of the robot,
-    "observation.images.base" is "base". Cameras that the model doesn't read are left out.
+    Cameras are matched by the last part of their keys: "observation.images.cam_high" is the robot's "images.cam_high",
+    "observation.images.base" its "base". Cameras that the model doesn't read are left out.
 
     Args:
-        frame: images uint8 [h, w, 3] and depths float32 [h, w, 1] in metres, "observation.state" [s], "action" [H, a]
-            and "task", as far as it has them.
+        frame: images uint8 [h, w, 3], depths float32 [h, w, 1] in metres, "observation.state" [s], "action" [H, a] and
+            "task"; all optional except what the embodiment requires.
 
     Returns:
-        Nested dicts; images in the layout and dtype that the embodiment states.
+        Nested dicts, with images in the embodiment's layout and dtype.
 
     Raises:
-        KeyError: the dataset doesn't have a required camera, or no state.
-        ValueError: a state or action of another length than the embodiment's; two cameras with the same last part; a
-            depth camera where the embodiment has an RGB one, or the other way round.
+        KeyError: the dataset has no state, or lacks a required camera.
+        ValueError: state or action has another length than the embodiment's; two cameras with the same last part; a
+            depth camera where the embodiment has an RGB camera, or the other way round.
     """
     arrays = {key: value for key, value in frame.items() if isinstance(value, np.ndarray)}
     depths = [key for key, value in arrays.items() if value.dtype == np.float32 and value.shape[2:] == (1,)]
@@ -54,127 +54,149 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
 
 
 def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str], depth_keys: Collection[str] = ()) -> list[str]:
-    """The cameras of a dataset, of which some are depth cameras, that the model reads of this embodiment; matched, or
-    refused, as by `to_observation`."""
+    """The cameras of a dataset that the model reads for this embodiment. Matched, and refused, as by `to_observation`.
+
+    Args:
+        depth_keys: the depth cameras among `camera_keys`.
+    """
     read = {key for _, key in _matched(embodiment, camera_keys, depth_keys)}
     return [key for key in camera_keys if key in read]
 
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
-    """Raise an error if the dataset's state or action has another length than the embodiment's, or it has no state."""
+    """Raise an error if the dataset has no state, or its state or action has another length than the embodiment's."""
     if state == 0 and embodiment.state:
         raise UnknownKeyError(
-            f"The dataset has no {lerobot.STATE}, of which embodiment '{embodiment.name}' reads "
-            f"{', '.join(embodiment.state_names)}. If another of its columns is the state, say so: --rename NAME="
+            f"The dataset has no {lerobot.STATE}, from which embodiment '{embodiment.name}' reads "
+            f"{', '.join(embodiment.state_names)}. If another column holds the state, rename it: --rename NAME="
             f'{lerobot.STATE}, or rename= in Python; a policy without state needs an embodiment with "state": [].'
         )
-    for key, found, fitting, names in (
+    for key, found, expected, names in (
         (lerobot.STATE, state, embodiment.state_dims, embodiment.state_names),
         (lerobot.ACTION, action, (embodiment.action_size,), embodiment.action_names),
     ):
-        if found is not None and found not in fitting:
+        if found is not None and found not in expected:
             raise DatasetError(
                 f"The dataset's {key} has {counted(found, 'dimension')}; embodiment '{embodiment.name}' has "
-                f"{listed(fitting, 'or')}: {', '.join(names)}. Choose the robot that it was recorded with."
+                f"{listed(expected, 'or')}: {', '.join(names)}. Choose the robot that the dataset was recorded with."
             )
 
 
 def in_robot_order(
     embodiment: Embodiment, columns: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str] | None], where: object
 ) -> dict[str, list[int]]:
-    """The places of the robot's dimensions among those of a dataset's "observation.state" [F, s] and "action" [F, a],
-    by their names, see `names.order_of`; None: the order decides. Warns about another order than the robot's."""
+    """Indices of the robot's dimensions in a dataset's "observation.state" [F, s] and "action" [F, a], by key.
+
+    Dimensions are matched by name, see `names.order_of`; without names the order is kept. Warns if it changes.
+    """
     s, a = (columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION))
-    s = s if embodiment.state else 0  # a state that the policy doesn't read
+    s = s if embodiment.state else 0  # the policy doesn't read the state
     check_dims(embodiment, state=s, action=a)
     order = {lerobot.STATE: list(range(s)), lerobot.ACTION: list(range(a))}
-    robots = {lerobot.STATE: embodiment.state_names[:s], lerobot.ACTION: embodiment.action_names}
-    for key, expected in robots.items():
-        if expected and (found := names[key]) is not None:
-            order[key] = robot_order(found, expected, f"{where}: {key}", embodiment.name)
-            if order[key] != sorted(order[key]):
-                # The same place in the code for every dataset that is opened: said once.
-                warnings.warn(
-                    f"{where}: {key} has {', '.join(found)}; embodiment '{embodiment.name}' has {', '.join(expected)}. "
-                    "They are put into that order.",
-                    UserWarning,
-                    stacklevel=1,
-                )
+    robot_names = {lerobot.STATE: embodiment.state_names[:s], lerobot.ACTION: embodiment.action_names}
+    reordered = []
+    for key, expected in robot_names.items():
+        found = names[key]
+        if not expected or found is None:
+            continue
+        order[key] = robot_order(found, expected, f"{where}: {key}", embodiment.name)
+        if order[key] != sorted(order[key]):
+            reordered.append(key)
+            # A fixed stack level shows the warning once, not for every dataset that is opened.
+            warnings.warn(
+                f"{where}: {key} has {', '.join(found)}; embodiment '{embodiment.name}' has {', '.join(expected)}. "
+                "They are put into that order.",
+                UserWarning,
+                stacklevel=1,
+            )
     for key, other in ((lerobot.STATE, lerobot.ACTION), (lerobot.ACTION, lerobot.STATE)):
-        if s == a and order[key] != sorted(order[key]) and not tell_order(names[other], robots[other]):
+        if s == a and key in reordered and not tell_order(names[other], robot_names[other]):
             raise DatasetError(
                 f"{where}: {key} has {', '.join(names[key] or ())}, another order than embodiment '{embodiment.name}', "
-                f"and the names of {other} ({', '.join(names[other] or ['none'])}) don't tell whether it has that one, "
-                f"too. Write its names, in its own order, in {lerobot.INFO}."
+                f"and the names of {other} ({', '.join(names[other] or ['none'])}) don't tell whether it has that "
+                f"order, too. Write its names, in its own order, in {lerobot.INFO}."
             )
-    state, action = ([found[i] for i in places] if (found := names[key]) else None for key, places in order.items())
-    deltas = [i for i, is_delta in enumerate(embodiment.action_mask) if is_delta]
-    if state and action and deltas:
-        moved, base = [action[i] for i in deltas], [state[i] for i in deltas]
-        try:
-            agree = order_of(moved, base) == list(range(len(deltas)))
-        except DatasetError:
-            agree = False
-        if not agree:
-            raise DatasetError(
-                f"{where}: the actions {', '.join(moved)} would be taken relative to the state's {', '.join(base)}, "
-                f"which are other joints. Make them absolute in embodiment '{embodiment.name}', or give it the "
-                "dataset's names."
-            )
+    _check_deltas(embodiment, order, names, where)
     return order
 
 
+def _check_deltas(
+    embodiment: Embodiment, order: Mapping[str, list[int]], names: Mapping[str, Sequence[str] | None], where: object
+) -> None:
+    """Raise an error if delta actions would be taken relative to other joints of the state."""
+    state_names, action_names = names[lerobot.STATE], names[lerobot.ACTION]
+    deltas = [i for i, is_delta in enumerate(embodiment.action_mask) if is_delta]
+    if not (state_names and action_names and order[lerobot.STATE] and deltas):
+        return
+    actions = [action_names[order[lerobot.ACTION][i]] for i in deltas]
+    base = [state_names[order[lerobot.STATE][i]] for i in deltas]
+    try:
+        agree = order_of(actions, base) == list(range(len(deltas)))
+    except DatasetError:
+        agree = False
+    if not agree:
+        raise DatasetError(
+            f"{where}: the actions {', '.join(actions)} would be taken relative to the state's {', '.join(base)}, "
+            f"which are other joints. Make them absolute in embodiment '{embodiment.name}', or give it the dataset's "
+            "names."
+        )
+
+
 def robot_order(found: Sequence[str], expected: Sequence[str], column: str, robot: str) -> list[int]:
-    """`order_of`, with an error that says which column and which robot."""
+    """`order_of`, with an error that names the column and the robot."""
     try:
         return order_of(found, expected)
     except DatasetError as error:
         raise DatasetError(
             f"{column} has {', '.join(found)}; embodiment '{robot}' has {', '.join(expected)}: {error}. Choose the "
-            "robot's embodiment, or give it the dataset's names; if other columns are meant, join them with --rename; "
-            f"if the dataset's names are wrong, correct them in {lerobot.INFO} (null: the order decides)."
+            "robot's embodiment, or give it the dataset's names; to use other columns, join them with --rename; if the "
+            f"dataset's names are wrong, correct them in {lerobot.INFO} (null: keep the order)."
         ) from error
 
 
 def _matched(embodiment: Embodiment, keys: Sequence[str], depth_keys: Collection[str]) -> list[tuple[Camera, str]]:
-    """The cameras that the model reads, each with its key in the dataset; without optional ones that are missing."""
+    """The cameras that the model reads, with their keys in the dataset; without missing optional ones."""
     matched = []
     for camera in embodiment.read_cameras:
-        named = [key for key in keys if camera.key is not None and _last(key) == _last(camera.key)]
-        found = [key for key in named if (key in depth_keys) == (camera.depth is not None)]
-        if named and not found:
-            raise _other_kind(camera, named[0])
+        same_name = [key for key in keys if camera.key is not None and _last(key) == _last(camera.key)]
+        found = [key for key in same_name if (key in depth_keys) == (camera.depth is not None)]
+        if same_name and not found:
+            raise _wrong_camera_kind(camera, same_name[0])
         if len(found) > 1:
             raise DatasetError(
-                f"The dataset has two cameras that end in {_last(found[0])}, {found[0]} and {found[1]}; they can't be "
-                f"told apart. Rename one: --rename {found[1]}={lerobot.IMAGES}NAME, or rename= in Python."
+                f"The dataset has two cameras that end in {_last(found[0])}, {found[0]} and {found[1]}, which is "
+                f"ambiguous. Rename one: --rename {found[1]}={lerobot.IMAGES}NAME, or rename= in Python."
             )
         if not found and camera.presence == "required" and camera.key is not None:
-            raise _no_camera(camera.key, embodiment, keys)
+            raise _missing_camera(camera.key, embodiment, keys)
         matched += [(camera, key) for key in found]
     return matched
 
 
-def _other_kind(camera: Camera, key: str) -> DatasetError:
-    advice = f"Choose another camera (--rename NAME={key}), or "
+def _wrong_camera_kind(camera: Camera, key: str) -> DatasetError:
     if camera.depth is not None:
-        found, way = f"has colours, but the embodiment's camera {camera.key} maps depth", 'leave "depth" out of it'
-    else:
-        found = "is a depth camera, and the model reads colours"
-        way = f'map depth to colours in the embodiment\'s camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, '
-        way += '"far": 2, "unit": "mm", "colormap": "grey"}, in metres, with the unit that the robot sends'
-    return DatasetError(f"{key} {found}. {advice}{way}.")
+        return DatasetError(
+            f"{key} has colours, but the embodiment's camera {camera.key} maps depth. Choose another camera (--rename "
+            f'NAME={key}), or remove "depth" from the embodiment\'s camera.'
+        )
+    return DatasetError(
+        f"{key} is a depth camera, but the model reads colours. Choose another camera (--rename NAME={key}), or map "
+        f'depth to colours in the embodiment\'s camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, "far": 2, '
+        '"unit": "mm", "colormap": "grey"}, in metres, with the unit that the robot sends.'
+    )
 
 
-def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> UnknownKeyError:
+def _missing_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> UnknownKeyError:
     read = {_last(camera.key or "") for camera in embodiment.read_cameras}
     unread = [key for key in keys if _last(key) not in read]
-    option = f"--rename {unread[0] if len(unread) == 1 else 'NAME'}={lerobot.IMAGES}{_last(missing)}"
-    return UnknownKeyError(
+    message = (
         f"The dataset has no camera for {missing}, which embodiment '{embodiment.name}' requires; its cameras are "
         f"{', '.join(map(_last, keys)) or 'none'}. Choose the robot's embodiment"
-        + (f", or if {listed(unread, 'or')} is the camera, say so: {option}, or rename= in Python." if unread else ".")
     )
+    if unread:
+        option = f"--rename {unread[0] if len(unread) == 1 else 'NAME'}={lerobot.IMAGES}{_last(missing)}"
+        message += f", or, if {listed(unread, 'or')} is this camera, rename it: {option}, or rename= in Python"
+    return UnknownKeyError(f"{message}.")
 
 
 def _last(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The places of episodes in video files, compared with each other and with the frames that the files have."""
+"""Check of the episodes' positions in video files, against each other and against the frames of the files."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -12,27 +12,27 @@ from torchpi.data.metadata import Episode
 from torchpi.errors import DatasetError, counted
 
 Times = Float[np.ndarray, " n"]
-"""Of all frames of a file, in order, in seconds."""
+"""Times of all frames of a file, in order, in seconds."""
 
 
 class VideoSpans:
-    """The parts of video files that the episodes of a dataset have, by from_timestamp and length; those of the chosen
-    ones, which are read, have to be right."""
+    """Spans of the episodes in video files, by from_timestamp and length. Only those of the selected episodes, which
+    are read, must be right."""
 
     def __init__(
         self,
         episodes: Iterable[Episode],
-        chosen: Iterable[Episode],
+        selected: Iterable[Episode],
         cameras: Collection[str],
         fps: float | int,
         tolerance_s: float | int | None,
     ) -> None:
         self._fps, self.tolerance_s = fps, check_tolerance(tolerance_s, fps)
-        self._allowed = min(self.tolerance_s, 0.49 / fps)  # farther off, the nearest is another frame
-        self.counted_fps = fps if self._allowed == self.tolerance_s else None
-        """The rate at which a file's frames may be counted, see `frame_times`; None: reading would not find that one of
-        them is off, so that the time of each is needed."""
-        self._chosen = frozenset(episode.index for episode in chosen)
+        self._max_distance = min(self.tolerance_s, 0.49 / fps)  # beyond it, another frame is nearer
+        self.counted_fps = fps if self._max_distance == self.tolerance_s else None
+        """Frame rate for `VideoReader.frame_times`. None if the time of each frame must be read from the file, because
+        reading a frame with this tolerance would not notice that it is off."""
+        self._selected = frozenset(episode.index for episode in selected)
         self._files: dict[Path, tuple[str, list[Episode]]] = {}
         self._checked: set[Path] = set()
         self._unencoded: set[str] = set()  # cameras of which some episodes have no span
@@ -46,20 +46,23 @@ class VideoSpans:
             self._check_overlaps(path, key, in_file)
 
     def check(self, path: Path, times: Callable[[], Times]) -> None:
-        """Refuse a file in which a chosen episode's frames aren't where its metadata say, or may be another's.
+        """Refuse a file whose frames don't match the metadata of its selected episodes. Each file is checked once.
 
-        Every chosen episode's part has as many frames as the episode, the first and the last one in their places. The
-        file has those of its episodes, one behind the other, and no others; or the last episode ends with the last
-        frame, where an editor has left frames between them. Frames of an episode that has no span may follow. A file is
-        checked once.
+        The span of a selected episode must have as many frames as the episode, with the first and the last one at the
+        right time. The file must contain the frames of its episodes, in order, and no others; or end with the last
+        frame of the last episode, if an editor left frames between episodes. Frames of episodes without a span may
+        follow.
+
+        Args:
+            times: returns the times of all frames of the file.
         """
         if path in self._checked:
             return
         key, episodes = self._files[path]
         found, fps = times(), self._fps
-        if len(episodes) == 1 and len(found) == episodes[0].length:  # in v2.1 every file: quickly
-            off = np.array([found[0], found[-1] - (len(found) - 1) / fps]) - episodes[0].videos[key].from_timestamp
-            if np.abs(off).max() <= self._allowed and self.counted_fps is not None:
+        if len(episodes) == 1 and len(found) == episodes[0].length:  # fast path for v2.1, one episode per file
+            distance = np.array([found[0], found[-1] - (len(found) - 1) / fps]) - episodes[0].videos[key].from_timestamp
+            if np.abs(distance).max() <= self._max_distance and self.counted_fps is not None:
                 self._checked.add(path)
                 return
         starts = np.array([episode.videos[key].from_timestamp for episode in episodes], np.float64)
@@ -68,21 +71,21 @@ class VideoSpans:
         first, last = _nearest(found, starts), _nearest(found, ends)
         counts = last - first + 1
         distance = np.maximum(np.abs(found[first] - starts), np.abs(found[last] - ends))
-        # In frames of the dataset's rate: where one is missing, the others are still in their places.
-        place = np.rint((starts - found[0]) * fps)
-        total, in_turn = round((found[-1] - found[0]) * fps) + 1, np.cumsum(lengths) - lengths
-        has_gaps = total > lengths.sum() and place[-1] + lengths[-1] == total
+        # Frame numbers by time: if a frame is missing, the others keep their numbers.
+        numbers, total = np.rint((starts - found[0]) * fps), round((found[-1] - found[0]) * fps) + 1
+        contiguous = np.cumsum(lengths) - lengths  # numbers of the first frames without gaps
+        has_gaps = total > lengths.sum() and numbers[-1] + lengths[-1] == total
         has_all = total == lengths.sum() or (total > lengths.sum() and key in self._unencoded)
         if self.counted_fps is None:
             for i in np.flatnonzero(counts == lengths).tolist():
                 off = found[first[i] : last[i] + 1] - starts[i] - np.arange(lengths[i]) / fps
                 distance[i] = np.abs(off).max()
-        fits = (distance <= self._allowed) & (counts == lengths)
-        fits &= (place == in_turn) & has_all | has_gaps
+        fits = (distance <= self._max_distance) & (counts == lengths)
+        fits &= (numbers == contiguous) & has_all | has_gaps
         for i in np.flatnonzero(~fits).tolist():
-            if episodes[i].index in self._chosen:
-                place_in_turn = int(in_turn[i]) if total == lengths.sum() else None
-                raise DatasetError(self._explained(path, found, i, int(counts[i]), place_in_turn, float(distance[i])))
+            if episodes[i].index in self._selected:
+                expected = int(contiguous[i]) if total == lengths.sum() else None
+                raise DatasetError(self._mismatch(path, found, i, int(counts[i]), expected, float(distance[i])))
         self._checked.add(path)
 
     def _check_overlaps(self, path: Path, key: str, episodes: Sequence[Episode]) -> None:
@@ -90,19 +93,24 @@ class VideoSpans:
         for episode in episodes:
             start = episode.videos[key].from_timestamp
             end = start + episode.length / self._fps
-            if last_end - start > 0.5 / self._fps and not self._chosen.isdisjoint((episode.index, last.index)):
+            if last_end - start > 0.5 / self._fps and not self._selected.isdisjoint((episode.index, last.index)):
                 raise DatasetError(
-                    f"Episodes {last.index} and {episode.index} have the same part of {path} ({key}): from "
+                    f"Episodes {last.index} and {episode.index} overlap in {path} ({key}): from "
                     f"{last.videos[key].from_timestamp:.4f} to {last_end:.4f} s and from {start:.4f} to {end:.4f} s, "
-                    "by from_timestamp and length. One would be shown the other's images. Correct from_timestamp in "
-                    f"{lerobot.EPISODES_FOLDER}, or {lerobot.LEAVE_OUT.replace('the episode', 'both')}."
+                    "by from_timestamp and length. One would get the other's images. Correct from_timestamp in "
+                    f"{lerobot.EPISODES_FOLDER}, or {lerobot.leave_out('both')}."
                 )
             if end > last_end:
                 last, last_end = episode, end
 
-    def _explained(self, path: Path, times: Times, i: int, count: int, in_turn: int | None, distance: float) -> str:
-        """The error of the file's episode `i`, with `count` frames in its part, of which the first or the last one is
-        off by `distance` seconds; `in_turn`: frames before it, if the file has as many as all episodes."""
+    def _mismatch(self, path: Path, times: Times, i: int, count: int, number: int | None, distance: float) -> str:
+        """The error message about the file's episode `i`.
+
+        Args:
+            count: number of frames in its span.
+            number: expected number of its first frame, if the file has as many frames as its episodes.
+            distance: how far the first or last frame is off, in seconds.
+        """
         (key, episodes), fps = self._files[path], self._fps
         episode, total = episodes[i], sum(episode.length for episode in episodes)
         steps = np.diff(times) if len(times) > 1 else np.array([1 / fps])
@@ -113,37 +121,38 @@ class VideoSpans:
             f"{path} ({key}) has {counted(len(times), 'frame')} from {times[0]:.4f} to {times[-1]:.4f} s, and its "
             f"{'episode' if len(episodes) == 1 else counted(len(episodes), 'episode')} {total}, {fps:g} per second"
         )
-        if is_steady and abs(rate / fps - 1) > max(2e-4, 0.25 / len(times)):  # of a frame, at the end
+        if is_steady and abs(rate / fps - 1) > max(2e-4, 0.25 / len(times)):  # a quarter of a frame, at the end
             return (
-                f"The video has {rate:.5g} frames per second, and {lerobot.INFO} says {fps:g}: {found}. Images would "
-                "be those of another moment. If the video's rate is true, correct fps and the timestamps; if not, "
-                f"encode the video with {fps:g} frames per second."
+                f"The video has {rate:.5g} frames per second, and {lerobot.INFO} states {fps:g}: {found}. Images would "
+                "not match their frames. If the video's rate is right, correct fps and the timestamps; if not, encode "
+                f"the video with {fps:g} frames per second."
             )
-        left_out = lerobot.LEAVE_OUT
+        leave_out = lerobot.LEAVE_OUT
+        name = f"episode {episode.index}"
         if times[0] - start > self.tolerance_s:
-            cause = f"{start:.4f} s (from_timestamp), which is before its first frame, is said to be the first one"
-        elif count != episode.length or (len(times) == total and in_turn is None):
-            cause = f"from {start:.4f} s on (from_timestamp) it has {count} in place of the {episode.length} frames"
-        elif distance > self._allowed:
-            allows = "no tolerance_s= allows for more than" if self.counted_fps is None else "tolerance_s= allows for"
+            cause = f"from_timestamp of {name}, {start:.4f} s, is before the first frame"
+        elif count != episode.length or (len(times) == total and number is None):
+            cause = f"{name}, from {start:.4f} s (from_timestamp) on, has {count} frames instead of {episode.length}"
+        elif distance > self._max_distance:
+            limit = "the maximum of tolerance_s= is" if self.counted_fps is None else "tolerance_s= is"
             cause = (
-                f"from {start:.4f} s on (from_timestamp) frames are off by {distance:.4f} s, and {allows} "
-                f"{self._allowed:.4f} s, in those"
+                f"the frames of {name}, from {start:.4f} s (from_timestamp) on, are off by {distance:.4f} s, and "
+                f"{limit} {self._max_distance:.4f} s"
             )
-        elif in_turn is not None:
-            cause = f"{start:.4f} s (from_timestamp) isn't the time of frame {in_turn}, the first one"
+        elif number is not None:
+            cause = f"from_timestamp of {name}, {start:.4f} s, is not the time of its first frame, number {number}"
         else:
-            cause = "which frames are missing or too many isn't known, so that others may be taken for those"
+            cause = f"which frames are missing or extra is unknown, so {name} may get the frames of others"
             indices = [episode.index for episode in episodes]
-            left_out = left_out.replace("the episode", f"the episodes of this video, {min(indices)} to {max(indices)},")
+            leave_out = lerobot.leave_out(f"the episodes of this video, {min(indices)} to {max(indices)},")
         return (
-            f"{found}; {cause} of episode {episode.index}. Encode the video with all frames of its episodes and no "
-            f"others, correct from_timestamp, or {left_out}."
+            f"{found}; {cause}. Encode the video with all frames of its episodes and no others, correct "
+            f"from_timestamp, or {leave_out}."
         )
 
 
 def _nearest(times: Times, seconds: Float[np.ndarray, " e"]) -> Int[np.ndarray, " e"]:
-    """The index of the time that is nearest to each."""
+    """The index of the nearest frame time, for each of `seconds`."""
     after = np.searchsorted(times, seconds).clip(1, max(1, len(times) - 1))
     is_after = np.abs(times[after % len(times)] - seconds) < np.abs(times[after - 1] - seconds)
     return after - 1 + is_after

@@ -1,4 +1,4 @@
-"""Video files through PyAV: frames by their time, and episodes into files."""
+"""Reading and writing video files with PyAV."""
 
 import collections
 import contextlib
@@ -18,9 +18,9 @@ from torchpi.data.pixels import MAX_PIXELS, DepthCoding, FramePixels, Pixels
 from torchpi.errors import DatasetError
 from torchpi.extras import environment_defaults, require
 
-# LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
+# LeRobot's default: every second frame is a keyframe, so that reading any frame decodes at most two.
 _GOP = 2
-# The first one that this build of FFmpeg has.
+# In order of preference, with their options.
 _ENCODERS: dict[str, dict[str, int | str]] = {
     "libsvtav1": {"crf": 30, "preset": 12},
     "libx264": {"crf": 23, "preset": "fast"},
@@ -28,8 +28,8 @@ _ENCODERS: dict[str, dict[str, int | str]] = {
 
 
 class VideoReader:
-    """Frames of one video file by their time, decoded one after the other where they are read so, otherwise from the
-    keyframe before. Not for several threads at once; `VideoPool` is."""
+    """Reader of a video file's frames by time. Sequential reads decode on; others seek to the previous keyframe. Not
+    thread-safe; `VideoPool` is."""
 
     def __init__(self, path: Path) -> None:
         av = require("av", "data")
@@ -41,31 +41,31 @@ class VideoReader:
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, IndexError) as error:
             raise unreadable(path, error) from error
-        # With several threads, decoders hold frames back, and a single frame takes longer.
+        # With several threads, decoders delay frames, so that reading a single frame takes longer.
         self._stream.codec_context.thread_count = 1
         self._stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         self._pixels = FramePixels()
         self._frames: Any = None
         self._frame: Any = None
         self._keyframe_time = 0.0
-        # The longest distance from a keyframe that was seen: within it, decoding on is not slower than a seek.
+        # Longest distance seen between keyframes, in seconds. Within it, decoding on is not slower than a seek.
         self._stride = 0.0
 
     def near(self, seconds: float, period: float) -> bool:
-        """True if that time is reached by decoding on, without a seek."""
+        """True if a time can be reached by decoding on, without a seek."""
         return self._frame is not None and -period / 8 <= seconds - self._frame.time <= self._stride + period / 2
 
     def read(self, seconds: float, tolerance: float, period: float, depth: DepthCoding | None = None) -> Pixels:
-        """The frame nearest to a time of the file, off by no more than the tolerance.
+        """Read the frame nearest to a time, at most `tolerance` seconds off.
 
         Args:
-            period: seconds between two frames. A frame within an eighth of it is the nearest one; elsewhere the frame
-                behind that time is compared with the one before.
+            period: seconds between two frames. A frame within an eighth of it is taken as the nearest one; otherwise
+                the frames before and after the time are compared.
         """
         try:
             if not self.near(seconds, period):
                 self._seek(seconds + period / 8)
-                if self._frame.time > seconds + period / 8:  # an index that is off: from the beginning, then
+                if self._frame.time > seconds + period / 8:  # the file's index is off: decode from the start
                     self._seek(0.0)
             nearest = self._frame
             while self._frame.time < seconds - period / 8:
@@ -82,8 +82,8 @@ class VideoReader:
         return self._pixels(nearest, depth)
 
     def frame_times(self, fps: float | int | None) -> Float[np.ndarray, " n"]:
-        """The times of all frames, without decoding: by the container's count if they fill its duration at a rate, else
-        of each packet, for which the file is read."""
+        """The times of all frames in seconds, without decoding: computed from the container's frame count if this fits
+        its duration at `fps`, otherwise taken from the packets, which reads the whole file."""
         stream, base = self._stream, float(self._stream.time_base)
         is_counted = fps is not None and stream.frames and stream.duration
         if is_counted and abs(stream.duration * base * fps - stream.frames) <= 0.25:
@@ -91,8 +91,8 @@ class VideoReader:
         self._frame = None
         try:
             self._container.seek(0, stream=stream)
-            shown = (packet for packet in self._container.demux(stream) if not packet.is_discard)
-            times = np.sort(np.array([packet.pts for packet in shown if packet.pts is not None], np.float64)) * base
+            packets = (packet for packet in self._container.demux(stream) if not packet.is_discard)
+            times = np.sort(np.array([packet.pts for packet in packets if packet.pts is not None], np.float64)) * base
         except self._error as error:
             raise self._no_frame(0.0, str(error)) from error
         if not len(times):
@@ -119,8 +119,7 @@ class VideoReader:
         previous = self._frame
         self._frame = next(self._frames, None)
         if self._frame is None:
-            end = "it has none" if previous is None else f"it ends with the one at {previous.time:.4f} s"
-            raise EOFError(end)
+            raise EOFError("it has none" if previous is None else f"the last one is at {previous.time:.4f} s")
         if self._frame.key_frame or previous is None:
             self._keyframe_time = self._frame.time
         step = self._frame.time - previous.time if previous is not None else 0.0
@@ -128,7 +127,7 @@ class VideoReader:
 
 
 class VideoPool:
-    """Open video files, at most `limit` idle ones, for any number of threads."""
+    """Thread-safe pool of open video files, which keeps at most `limit` idle ones."""
 
     def __init__(self, limit: int = 32) -> None:
         self._limit = limit
@@ -147,13 +146,13 @@ class VideoPool:
 
     @contextlib.contextmanager
     def _reader(self, path: Path, cost: Callable[[VideoReader], int] = lambda reader: 0) -> Iterator[VideoReader]:
-        """An idle reader of a file, of several that which costs least, or a new one; idle again afterwards."""
+        """Borrow the idle reader of a file with the lowest cost, or a new reader."""
         with self._lock:
             readers = (reader for reader in self._idle if reader.path == path)
-            found = min(readers, key=cost, default=None)  # or the oldest
-            if found is not None:
-                del self._idle[found]
-        reader = found or VideoReader(path)
+            idle = min(readers, key=cost, default=None)  # the oldest of equal cost
+            if idle is not None:
+                del self._idle[idle]
+        reader = idle or VideoReader(path)
         yield reader
         with self._lock:
             self._idle[reader] = None
@@ -163,17 +162,17 @@ class VideoPool:
 
 
 def default_encoder() -> str:
-    """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1."""
+    """The encoder for new videos: AV1, as in LeRobot, or H.264 if FFmpeg lacks SVT-AV1."""
     return find_encoder(_ENCODERS, advice="; or record images (video=False)")
 
 
 def find_encoder(encoders: Collection[str], *, advice: str = "") -> str:
-    """The first of these encoders that this build of FFmpeg has."""
+    """The first of these encoders that this build of FFmpeg provides."""
     available = require("av", "data").codec.codecs_available
     if found := next((encoder for encoder in encoders if encoder in available), None):
         return found
     names = ", ".join(encoders)
-    raise DatasetError(f"This build of PyAV has no encoder for videos; expected one of {names}{advice}.")
+    raise DatasetError(f"This build of PyAV has no video encoder; expected one of {names}{advice}.")
 
 
 def video_info(encoder: str, *, height: int, width: int, fps: float | int) -> dict[str, Any]:
@@ -202,15 +201,15 @@ def encode_video(
     threads: int = 0,
     fast_start: bool = False,
 ) -> None:
-    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file; by default with the options of datasets."""
+    """Write frames, uint8 [h, w, 3] with even h and w, to an .mp4 file; the default options are those for datasets."""
     av = require("av", "data")
     flags = {"movflags": "faststart"} if fast_start else {}
     options = {"g": _GOP, **_ENCODERS[encoder]} if options is None else options
-    texts = {name: str(value) for name, value in options.items()}
+    option_texts = {name: str(value) for name, value in options.items()}
     real_time = _real_time_threads()
-    # SVT-AV1 prints thirty lines per video to stderr, unless this variable says that it shall print errors only.
+    # Without this variable, SVT-AV1 prints thirty lines per video to stderr; 1: errors only.
     with environment_defaults(SVT_LOG="1"), av.open(str(path), "w", format="mp4", options=flags) as container:
-        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=texts)
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=option_texts)
         stream.pix_fmt = "yuv420p"
         if threads:
             stream.codec_context.thread_count = threads
@@ -219,8 +218,8 @@ def encode_video(
                 stream.height, stream.width = image.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             if number == 0:
-                # Run by root, SVT-AV1 makes its own threads and the one that calls it real-time threads, which let no
-                # other program run; processes that are started from here later inherit it.
+                # As root, SVT-AV1 gives its own threads and the calling one real-time priority, which starves other
+                # programs and is inherited by processes started later.
                 for thread in _real_time_threads() - real_time:
                     with contextlib.suppress(ProcessLookupError):
                         os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
@@ -230,9 +229,9 @@ def encode_video(
 def _real_time_threads() -> set[int]:
     if sys.platform != "linux":
         return set()
-    found = set()
+    threads = set()
     for thread in map(int, os.listdir("/proc/self/task")):
         with contextlib.suppress(ProcessLookupError):
             if os.sched_getscheduler(thread) == os.SCHED_FIFO:
-                found.add(thread)
-    return found
+                threads.add(thread)
+    return threads

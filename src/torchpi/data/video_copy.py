@@ -1,4 +1,4 @@
-"""Parts of video files, copied into new files without decoding them."""
+"""Copying of parts of video files into new files, without decoding."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from torchpi.extras import require
 
 
 def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: float | int) -> None:
-    """Join .mp4 files that were encoded alike, each given with its number of frames."""
+    """Concatenate .mp4 files with the same `codec_of`, each given with its number of frames."""
     av = require("av", "data")
     with av.open(str(path), "w", format="mp4") as container:
         out: Any = None
@@ -23,38 +23,40 @@ def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: fl
 
 
 def cut_video(path: Path, source: Path, start: float, *, num_frames: int, fps: float | int) -> bool:
-    """Copy the frames from a time on, in seconds, into a new .mp4 file; False if they can't be decoded by themselves.
+    """Copy `num_frames` frames, from the time `start` in seconds, to a new .mp4 file.
 
-    They can if the first one is a keyframe and the others follow it in the order of decoding, with none in between.
+    Returns:
+        False if they can't be decoded on their own: the first must be a keyframe, and the others must follow it in
+        decoding order without other frames in between.
     """
     av = require("av", "data")
     with av.open(str(source)) as container:
         stream = container.streams.video[0]
         container.seek(round((start + 0.5 / fps) / stream.time_base), stream=stream)
-        found = list(itertools.islice(_packets(container), num_frames + 1))
-        numbers = [round((packet.pts * stream.time_base - start) * fps) for packet in found]
+        packets = list(itertools.islice(_packets(container), num_frames + 1))
+        numbers = [round((packet.pts * stream.time_base - start) * fps) for packet in packets]
         inside = [0 <= number < num_frames for number in numbers]
-        whole = inside[:num_frames] == [True] * num_frames and inside[num_frames:] in ([], [False])
-        if not (whole and found[0].is_keyframe and numbers[0] == 0):
+        is_contiguous = inside[:num_frames] == [True] * num_frames and inside[num_frames:] in ([], [False])
+        if not (is_contiguous and packets[0].is_keyframe and numbers[0] == 0):
             return False
         with av.open(str(path), "w", format="mp4") as target:
             out = target.add_stream_from_template(stream, opaque=True)
-            _mux(target, out, found[:num_frames], -found[0].pts)
+            _mux(target, out, packets[:num_frames], -packets[0].pts)
     return True
 
 
 def codec_of(path: Path) -> str:
-    """The parameters that videos have to share to be joined."""
+    """Codec parameters of a video. Only videos with the same ones can be concatenated."""
     with require("av", "data").open(str(path)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
         sizes = context.name, context.width, context.height, context.pix_fmt, stream.time_base
-        turn = next(container.decode(stream)).side_data.get("DISPLAYMATRIX")
-        return repr((*sizes, context.extradata, None if turn is None else bytes(turn)))
+        rotation = next(container.decode(stream)).side_data.get("DISPLAYMATRIX")
+        return repr((*sizes, context.extradata, None if rotation is None else bytes(rotation)))
 
 
 def _packets(container: Any) -> Iterator[Any]:
-    """The packets of a file's video from its position on, in the order of decoding."""
+    """The remaining packets of a file's video, in decoding order."""
     return itertools.takewhile(lambda packet: packet.dts is not None, container.demux(container.streams.video[0]))
 
 
