@@ -1,4 +1,4 @@
-"""Samples → inputs of the model: a batch, and the previous chunks that its actions continue."""
+"""Collation of samples to a batch of model inputs, and inputs that condition actions on previous chunks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from torchpi.types import ActionChunk, Observation, PreviousChunk
 
 
 def stack_inputs(samples: Sequence[Mapping[str, Any]], prompt_lengths: Sequence[int] = ()) -> dict[str, Any]:
-    """Stack the inputs of several samples, as `Observation.from_dict` takes them.
+    """Stack the inputs of several samples for `Observation.from_dict`.
 
-    Prompts are padded to the smallest of `prompt_lengths` that all fit into, without one to the longest prompt.
+    Prompts are padded to the smallest of `prompt_lengths` that fits all of them, or else to the longest prompt.
     """
     longest = max(len(sample["tokenized_prompt"]) for sample in samples)
     length = min((fixed for fixed in prompt_lengths if fixed >= longest), default=longest)
 
-    def padded(key: str) -> Tensor:
+    def stack_padded(key: str) -> Tensor:
         rows = [np.pad(sample[key], (0, length - len(sample[key]))) for sample in samples]
         return torch.from_numpy(np.stack(rows))
 
@@ -29,13 +29,13 @@ def stack_inputs(samples: Sequence[Mapping[str, Any]], prompt_lengths: Sequence[
         "image": {name: torch.from_numpy(np.stack([s["image"][name] for s in samples])) for name in cameras},
         "image_mask": {name: torch.tensor([bool(s["image_mask"][name]) for s in samples]) for name in cameras},
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),
-        "tokenized_prompt": padded("tokenized_prompt"),
-        "tokenized_prompt_mask": padded("tokenized_prompt_mask"),
+        "tokenized_prompt": stack_padded("tokenized_prompt"),
+        "tokenized_prompt_mask": stack_padded("tokenized_prompt_mask"),
     }
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
-    """The inputs of several samples as one batch."""
+    """Collate several samples to one batch."""
     return Observation.from_dict(stack_inputs(samples))
 
 
@@ -51,9 +51,9 @@ def rtc_inputs(
     """Arguments of `Pi0.sample_actions` that condition it on the previous chunks.
 
     Args:
-        samples: with "actions" [k, A], what is left of the previous chunk, normalized, where there is one.
-        action_size: a, the robot's dimensions of an action.
-        max_action_prefix: the longest action prefix that the model was trained with; 0: none.
+        samples: with "actions" [k, A], the normalized rest of the previous chunk, if there is one.
+        action_size: a, the number of the robot's action dimensions.
+        max_action_prefix: length of the longest action prefix that the model was trained with; 0 for none.
     """
     width = next(sample["actions"].shape[-1] for sample in samples if "actions" in sample)
     actions, present = torch.zeros(2, len(samples), horizon, width, dtype=torch.float32)
@@ -65,7 +65,7 @@ def rtc_inputs(
         steps = chunk.steps_executed(horizon)
         rest = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
         actions[i, : len(rest)] = rest
-        if _is_prefix(chunk, max_action_prefix):
+        if _uses_action_prefix(chunk, max_action_prefix):
             is_prefix[i, : min(chunk.delay, len(rest))] = True
         else:
             delays[i], executed[i] = int(chunk.delay), steps
@@ -79,14 +79,14 @@ def rtc_inputs(
     return inputs
 
 
-def _is_prefix(chunk: PreviousChunk, longest: int) -> bool:
-    """The model was trained to continue so long an action prefix, and is to do so."""
-    if chunk.method == "trained" and chunk.delay > longest:
+def _uses_action_prefix(chunk: PreviousChunk, max_action_prefix: int) -> bool:
+    """True if the model continues a trained action prefix; False if it is guided towards the previous chunk."""
+    if chunk.method == "trained" and chunk.delay > max_action_prefix:
         raise PolicyError(
-            f"The policy was trained to continue at most {counted(longest, 'action')}, not {chunk.delay}; use "
-            "guidance, or train with a larger max_action_prefix."
+            f"The policy was trained to continue at most {counted(max_action_prefix, 'action')}, not {chunk.delay}; "
+            "use guidance, or train with a larger max_action_prefix."
         )
-    return chunk.method == "trained" or (chunk.method is None and 0 < int(chunk.delay) <= longest)
+    return chunk.method == "trained" or (chunk.method is None and 0 < int(chunk.delay) <= max_action_prefix)
 
 
 def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[PreviousChunk | None]:
@@ -94,18 +94,21 @@ def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[Prev
     chunks = [None] * count if prefixes is None else list(prefixes)
     if len(chunks) != count or not all(isinstance(each, PreviousChunk | None) for each in chunks):
         kinds = ", ".join(type(each).__name__ for each in chunks[:8])
-        raise PolicyError(f"prefixes are [{kinds}]; expected {count} of PreviousChunk or None.")
+        raise PolicyError(f"prefixes are [{kinds}]; expected {count} items, each PreviousChunk or None.")
     if not isinstance(generator, torch.Generator | None):
         raise PolicyError(f"generator is {generator!r:.80}; expected a torch.Generator, or noise=.")
     return chunks
 
 
 def answer_of(
-    actions: np.ndarray, clipped: int, about: Any, timing: Mapping[str, float], sample: Mapping[str, Any]
+    actions: np.ndarray, clipped: int, sample_fields: Any, timing: Mapping[str, float], sample: Mapping[str, Any]
 ) -> ActionChunk:
-    """The answer to one observation, with the numbers of clipped values and of tokens that its prompt lost; `about`:
-    its samples, if there are several."""
-    answer = ActionChunk(actions=actions, policy_timing=dict(timing), **about)
+    """The action chunk for one observation, with the counts of clipped values and of prompt tokens cut off.
+
+    Args:
+        sample_fields: further fields about its action samples, if there are several.
+    """
+    answer = ActionChunk(actions=actions, policy_timing=dict(timing), **sample_fields)
     if clipped:
         answer["actions_clipped"] = clipped
     if "prompt_tokens_cut" in sample:

@@ -191,11 +191,14 @@ def test_what_others_added_is_kept(videos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fps": 20}, "fps is 10 there and 20 here"),
-        ({"robot_type": "other"}, "robot_type is my_arm there and other here"),
-        ({"names": [*NAMES[::-1]]}, "the order of dimensions of action is shoulder, elbow, gripper there and gripper,"),
-        ({"names": NAMES[:2]}, r"the shape of observation.state is \[3\] there and \[2\] here"),
-        ({"video": False}, "the dtype of observation.images.front is video there and image here"),
+        ({"fps": 20}, "fps is 10 in the first and 20 in the second"),
+        ({"robot_type": "other"}, "robot_type is my_arm in the first and other in the second"),
+        (
+            {"names": [*NAMES[::-1]]},
+            "the order of dimensions of action is shoulder, elbow, gripper in the first and gripper,",
+        ),
+        ({"names": NAMES[:2]}, r"the shape of observation.state is \[3\] in the first and \[2\] in the second"),
+        ({"video": False}, "the dtype of observation.images.front is video in the first and image in the second"),
     ],
 )
 def test_different_sets_are_not_merged(arguments, message, videos, tmp_path):
@@ -214,15 +217,15 @@ def test_robot_type_may_be_stated(images, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda path, out: delete_episodes(path, out, ":"), "are all 3 episodes"),
+        (lambda path, out: delete_episodes(path, out, ":"), "selects all 3 episodes"),
         (lambda path, out: delete_episodes(path, out, "7"), "the episodes are 0 to 2"),
         (lambda path, out: merge_datasets([], out), "no dataset to merge"),
         (lambda path, out: merge_datasets([path, path], out), "merged with itself"),
         (lambda path, out: merge_datasets([path, "nowhere"], out), "no folder nowhere"),
         (lambda path, out: split_dataset(path, out, {"a": "0:2", "b": "1:"}), "episodes 1 are in two parts"),
-        (lambda path, out: split_dataset(path, out, {"a": "0.9", "b": "0.9"}), "more than there are"),
+        (lambda path, out: split_dataset(path, out, {"a": "0.9", "b": "0.9"}), "fractions exceed the 3 episodes"),
         (lambda path, out: split_dataset(path, out, {"../a": "0:2"}), "expected the name of a folder"),
-        (lambda path, out: resample_dataset(path, out, 20, commands="position"), "expected fewer"),
+        (lambda path, out: resample_dataset(path, out, 20, commands="position"), "expected a lower rate"),
         (lambda path, out: resample_dataset(path, out, 5, commands=["position"]), "each of the 3 dimensions"),
         (lambda path, out: resample_dataset(path, out, 5, commands="torque"), "are torque.*position, velocity"),
         (lambda path, out: resample_dataset(path, out, 5, commands=UNSTATED), "commands are not stated"),
@@ -289,7 +292,7 @@ def test_a_missing_column_is_named(images, tmp_path):
         delete_episodes(source, tmp_path / "new", "0")
     features = open_metadata(source).info.features
     change_info(source, features={"actions" if key == "action" else key: value for key, value in features.items()})
-    with pytest.raises(KeyError, match="has no column action, without which"):
+    with pytest.raises(KeyError, match="has no column action, which is required for resampling"):
         resample_dataset(source, tmp_path / "new", 5, commands="position")
 
 
@@ -324,9 +327,9 @@ def test_turned_and_depth_videos_stay_what_they_are(tmp_path):
     merge_datasets([near], tmp_path / "depth")
     before, after = (LeRobotDataset(path, action_horizon=1)[1][FRONT] for path in (near, tmp_path / "depth"))
     assert np.array_equal(before, after)
-    with pytest.raises(ValueError, match="the coding of depths of observation"):
+    with pytest.raises(ValueError, match="the depth coding of observation"):
         merge_datasets([near, far], tmp_path / "new")
-    with pytest.raises(ValueError, match="depth video that would have to be encoded anew"):
+    with pytest.raises(ValueError, match="depth video that would have to be re-encoded"):
         resample_dataset(near, tmp_path / "new", 5, commands="position")
 
 

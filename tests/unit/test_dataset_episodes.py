@@ -55,16 +55,16 @@ def test_every_format_has_tasks(name, golden_root):
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("5", "Not all episodes of '5' are there; the episodes are 0 to 4"),
-        ("0:6", "Not all episodes of '0:6' are there"),
+        ("5", "Not all episodes of '5' exist; the episodes are 0 to 4"),
+        ("0:6", "Not all episodes of '0:6' exist"),
         ("2:2", "Not all episodes of '2:2'"),
-        ("-1", "'-1' chooses no episodes; expected a number, a range such as 0:40"),
-        ("", "'' chooses no episodes"),
-        ("0;", "'' chooses no episodes"),
-        ("open the door", "'open the door' chooses no episodes; expected a number, a range such as 0:40"),
+        ("-1", "'-1' does not select episodes; expected a number, a range such as 0:40"),
+        ("", "'' does not select episodes"),
+        ("0;", "'' does not select episodes"),
+        ("open the door", "'open the door' does not select episodes; expected a number, a range such as 0:40"),
         (
             "task:fold *",
-            r"No task matches 'fold \*'; there are 'open the drawer' \(2 episodes\), 'open the door' \(1 ep",
+            r"No task matches 'fold \*'; the tasks are 'open the drawer' \(2 episodes\), 'open the door' \(1 ep",
         ),
         ("2; task:open*", r"No episode of .* meets all conditions of '2; task:open\*'"),
     ],
@@ -86,7 +86,7 @@ def test_ranges_skip_missing_numbers(some_set, tmp_path):
     info = json.loads((root / "meta/info.json").read_text())
     (root / "meta/info.json").write_text(json.dumps({**info, "total_episodes": 4, "total_frames": 4}))
     assert select_episodes(root, "0:3") == [0, 2]
-    with pytest.raises(ValueError, match="Not all episodes of '1' are there"):
+    with pytest.raises(ValueError, match="Not all episodes of '1' exist"):
         select_episodes(root, "1")
 
 
@@ -117,5 +117,5 @@ def test_all_tasks_stay_in_the_training(tasks, share, seed):
 
 def test_tasks_that_are_all_different_are_ignored():
     assert len(held([f"task {i}" for i in range(100)], 0.1)) == 10
-    with pytest.raises(ValueError, match="two episodes or more"):
+    with pytest.raises(ValueError, match="at least two episodes"):
         held(["a"], 0.1)

@@ -80,13 +80,17 @@ UNIT_PLANES = [DEPTH // 16] * 2
 @pytest.mark.parametrize(
     ("files", "info", "message"),
     [
-        ({"images": [encoded(DEPTH)] * 2}, None, r"without colour, and meta/info\.json doesn't say .*is_depth_map"),
-        ({"images": [encoded((DEPTH / 5000).astype(np.float32), "TIFF")] * 2}, None, "is of floating-point, without"),
-        ({"images": [tiff(DEPTH / 1000)] * 2}, METRES, "no format that Pillow reads, such as TIFF with floating"),
+        ({"images": [encoded(DEPTH)] * 2}, None, r"without colour, and meta/info\.json doesn't state .*is_depth_map"),
+        (
+            {"images": [encoded((DEPTH / 5000).astype(np.float32), "TIFF")] * 2},
+            None,
+            "has floating-point pixels without",
+        ),
+        ({"images": [tiff(DEPTH / 1000)] * 2}, METRES, "a format that Pillow can't read, for example TIFF with 64-bit"),
         ({"images": [encoded(PICTURE)] * 2}, MM, "calls it a depth map, but the image has RGB pixels of 8 bits"),
         ({"images": [encoded(PICTURE[..., 0])] * 2}, MM, "has L pixels of 8 bits"),
         ({"images": [encoded(DEPTH)] * 2}, {**MM, "depth_unit": "inch"}, "depth_unit of .* is 'inch'; expected one of"),
-        ({"video": encoded_video(UNIT_PLANES, "gray12le")}, None, r"is gray12le, and meta/info\.json doesn't say"),
+        ({"video": encoded_video(UNIT_PLANES, "gray12le")}, None, r"is gray12le, and meta/info\.json doesn't state"),
         ({"video": encoded_video(UNIT_PLANES, "gray12le")}, MM, "but the image is gray12le; expected .* depth_min"),
         ({"video": encoded_video(UNIT_PLANES, "gray10le")}, {**CODING, "video.use_log": False}, "is gray10le"),
         ({"video": encoded_video([PICTURE[..., 0]] * 2, "gray")}, MM, "but the image is gray;"),

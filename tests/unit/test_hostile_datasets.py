@@ -52,7 +52,7 @@ def test_templates_of_paths_with_other_fields_or_wide_ones_are_refused(dataset, 
 )
 def test_names_of_files_that_cannot_be_in_the_folder_are_refused(dataset, path):
     change_info(dataset, data_path=path)
-    with pytest.raises(DatasetError, match=r"its metadata name the file .*, which can't be in the folder"):
+    with pytest.raises(DatasetError, match=r"its metadata name the file .*, which can't be inside the folder"):
         open_metadata(dataset)
 
 
@@ -70,7 +70,7 @@ def test_links_lead_nowhere_outside_unless_allowed(dataset, tmp_path, name, monk
     elsewhere = tmp_path / "elsewhere"
     (dataset / name).rename(elsewhere)
     (dataset / name).symlink_to(elsewhere)
-    with pytest.raises(DatasetError, match=r"leads through a link to .*elsewhere.*, outside of .*--allow-outside"):
+    with pytest.raises(DatasetError, match=r"leads through a link to .*elsewhere.*, outside .*--allow-outside"):
         LeRobotDataset(dataset, action_horizon=1)
     monkeypatch.setenv(ALLOW_OUTSIDE, "")
     args = ["data", "inspect", "--allow-outside", str(tmp_path), "x"]
@@ -97,7 +97,10 @@ def test_links_within_the_folder_and_into_the_blobs_of_a_cache_are_followed(data
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([{"bytes": None, "path": None}] * 12, "has no image of observation.images.front in row 0, and names no file"),
+        (
+            [{"bytes": None, "path": None}] * 12,
+            "has no image of observation.images.front in row 0, and names no image file",
+        ),
         ([0.5] * 12, "observation.images.front is double; expected images"),
         (None, "has no images of observation.images.front; its columns are"),
     ],

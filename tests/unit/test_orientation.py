@@ -88,5 +88,7 @@ def test_transformation_of_videos_is_applied(matrix, orientation, tmp_path):
 
 def test_video_that_is_turned_by_another_angle_is_an_error(tmp_path):
     path = write_set(tmp_path / "set", video=turned_video(PICTURE, ((0.71, 0.71), (-0.71, 0.71))))
-    with pytest.raises(ValueError, match=r"transformation \[\[0\.71, 0\.71\], .* expected turns by 90 degrees"):
+    with pytest.raises(
+        ValueError, match=r"transformation \[\[0\.71, 0\.71\], .* expected rotations by multiples of 90 degrees"
+    ):
         read(path)

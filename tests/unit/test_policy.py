@@ -622,7 +622,7 @@ def test_numpys_integers_are_integers(make_policy, kind):
 @pytest.mark.parametrize("prefixes", [[], [None], [PREFIX, None], np.stack([PREFIX, PREFIX]), [None] * 3])
 def test_a_batch_takes_one_previous_chunk_per_observation(make_policy, unchecked, prefixes):
     policy = make_policy()
-    with pytest.raises(TorchpiError, match=r"prefixes are \[.*\]; expected 2 of PreviousChunk or None"):
+    with pytest.raises(TorchpiError, match=r"prefixes are \[.*\]; expected 2 items, each PreviousChunk or None"):
         policy.infer_batch([request(policy)] * 2, prefixes=prefixes)
 
 

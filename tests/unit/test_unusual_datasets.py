@@ -349,8 +349,8 @@ CONTENTS = {
     "a pointer to a file, not the file itself.*`git lfs pull`": POINTER,
     "a pointer to a file.*`git annex get": b"/annex/objects/SHA256E-s1--a.mp4\n",
     "a web page": b"\n<!DOCTYPE html><html>",
-    "has no contents": b"",
-    "has nothing but zeros": bytes(100),
+    "it is empty": b"",
+    "it contains only zeros": bytes(100),
     "The recording ended before the file was complete": None,
 }
 
@@ -381,7 +381,7 @@ def test_pointer_in_place_of_metadata_has_its_cause(name, v21):
 def test_link_to_nothing_has_its_cause(v3):
     (v3 / DATA).unlink()
     (v3 / DATA).symlink_to("../../blobs/abc")
-    with pytest.raises(FileNotFoundError, match=r"is a link to \.\./\.\./blobs/abc, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"is a link to \.\./\.\./blobs/abc, which does not exist"):
         LeRobotDataset(v3, action_horizon=1)
 
 

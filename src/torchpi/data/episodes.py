@@ -1,4 +1,4 @@
-"""Choosing episodes: by number, by task, and those to hold out of a training."""
+"""Selection of episodes by number or task, and of episodes to hold out from training."""
 
 import fnmatch
 import re
@@ -17,49 +17,56 @@ _RANGE = re.compile(r"(?P<number>\d+)|(?P<start>\d*):(?P<stop>\d*)")
 
 
 def select_episodes(dataset: str | Path, expression: str) -> list[int]:
-    """Choose episodes by an expression; the result are their indices.
+    """Select episodes by an expression.
 
         select_episodes("my_set", "0:40, 57, 100:")           # 0 to 39, 57, and from 100 on
-        select_episodes("my_set", "task: open the *")         # whose instruction begins so
-        select_episodes("my_set", "0:400; task: open *|close *")  # of the first 400 those that open or close
+        select_episodes("my_set", "task: open the *")         # instructions that start with "open the"
+        select_episodes("my_set", "0:400; task: open *|close *")  # among the first 400, those that open or close
 
-    Conditions are separated by ";", and an episode has to meet all of them. Numbers and ranges are separated by ",";
-    as in Python, a range ends before its second number. A task's pattern is a shell's (*, ?, [abc]), matches the whole
-    instruction, and takes capital and small letters alike; several are separated by "|".
+    An episode must meet all conditions, which are separated by ";". Numbers and ranges are separated by ","; as in
+    Python, a range excludes its second number. Task patterns use shell wildcards (*, ?, [abc]), match the whole
+    instruction, ignore case, and are separated by "|".
 
     Args:
         dataset: a folder, or hf://org/name[@revision].
         expression: the conditions.
 
+    Returns:
+        The indices of the episodes.
+
     Raises:
-        ValueError: malformed; a number that isn't there; a pattern that no instruction matches; nothing meets all.
+        ValueError: a malformed expression; an unknown number; a pattern without a match; no episode meets all.
         FileNotFoundError, ValueError: see `open_metadata`.
     """
     metadata = open_metadata(dataset)
-    conditions = [part.strip() for part in expression.split(";")]
-    chosen = {episode.index for episode in metadata.episodes}
-    for condition in conditions:
+    indices = [episode.index for episode in metadata.episodes]
+    selected = set(indices)
+    for condition in (part.strip() for part in expression.split(";")):
         if condition.startswith(_TASK):
-            chosen &= _of_tasks(metadata.episodes, condition.removeprefix(_TASK))
+            selected &= _select_tasks(metadata.episodes, condition.removeprefix(_TASK))
         else:
-            chosen &= _of_numbers([episode.index for episode in metadata.episodes], condition)
-    if not chosen:
+            selected &= _select_numbers(indices, condition)
+    if not selected:
         raise DatasetError(f"No episode of {metadata.root} meets all conditions of {expression!r}.")
-    return sorted(chosen)
+    return sorted(selected)
 
 
 def hold_out(tasks: Sequence[Hashable], share: float, rng: np.random.Generator) -> list[int]:
-    """Choose episodes to measure a training with, from all tasks alike.
+    """Select random episodes for evaluation, stratified by task.
 
-    Each task gives its share, rounded as parliaments round seats (Sainte-Laguë's method): episodes are ordered by how
-    far they are in their own task, in random order, and the first ones are taken, at least one. A task's last episode
-    is never taken, so that each is trained on; where no two episodes have the same task, the tasks are not looked at.
+    Shares are rounded by Sainte-Laguë's method, as seats of a parliament: within each task, episodes are shuffled and
+    ranked by their relative position, and the episodes with the lowest ranks are held out, at least one. One episode
+    per task is always kept for training. If no two episodes have the same task, tasks are ignored.
+
+    Args:
+        tasks: the task of each episode.
+        share: fraction of the episodes to hold out.
 
     Returns:
-        The episodes' positions in `tasks`, sorted; fewer than the share where tasks have single episodes.
+        Sorted positions in `tasks`; fewer than the share if tasks have single episodes.
     """
     if len(tasks) < 2:
-        raise DatasetError(f"Expected two episodes or more, of which some are held out, got {len(tasks)}.")
+        raise DatasetError(f"Expected at least two episodes to hold some out, got {len(tasks)}.")
     if len(set(tasks)) == len(tasks):
         tasks = [None] * len(tasks)
     totals, seen = Counter(tasks), Counter[Hashable]()
@@ -69,31 +76,31 @@ def hold_out(tasks: Sequence[Hashable], share: float, rng: np.random.Generator) 
         seen[task] += 1
         if seen[task] < totals[task]:
             candidates.append(((seen[task] - 0.5) / totals[task], position))
-    candidates.sort(key=lambda candidate: candidate[0])  # stable: equal ones stay in random order
+    candidates.sort(key=lambda candidate: candidate[0])  # stable: ties stay in random order
     return sorted(position for _, position in candidates[: max(1, round(share * len(tasks)))])
 
 
-def _of_numbers(indices: Sequence[int], condition: str) -> set[int]:
-    there = f"the episodes are {indices[0]} to {indices[-1]}"
-    chosen: set[int] = set()
+def _select_numbers(indices: Sequence[int], condition: str) -> set[int]:
+    available = f"the episodes are {indices[0]} to {indices[-1]}"
+    selected: set[int] = set()
     for part in (part.strip() for part in condition.split(",")):
         match = _RANGE.fullmatch(part)
         if match is None:
             raise DatasetError(
-                f"{part!r} chooses no episodes; expected a number, a range such as 0:40 or 100:, or task:PATTERN; "
-                f"{there}."
+                f"{part!r} does not select episodes; expected a number, a range such as 0:40 or 100:, or task:PATTERN; "
+                f"{available}."
             )
         start = int(match["number"] or match["start"] or indices[0])
         stop = start + 1 if match["number"] else int(match["stop"] or indices[-1] + 1)
         found = {index for index in indices if start <= index < stop}
         if not found or stop > indices[-1] + 1:
-            raise DatasetError(f"Not all episodes of {part!r} are there; {there}.")
-        chosen |= found
-    return chosen
+            raise DatasetError(f"Not all episodes of {part!r} exist; {available}.")
+        selected |= found
+    return selected
 
 
-def _of_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
-    chosen: set[int] = set()
+def _select_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
+    selected: set[int] = set()
     for pattern in (pattern.strip() for pattern in patterns.split("|")):
         found = {
             episode.index
@@ -101,8 +108,8 @@ def _of_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
             if any(fnmatch.fnmatchcase(task.lower(), pattern.lower()) for task in episode.tasks)
         }
         if not found:
-            counts = Counter(task for episode in episodes for task in episode.tasks)
-            there = first_of([f"{task!r} ({count} episodes)" for task, count in counts.most_common()], _TASKS_SHOWN)
-            raise DatasetError(f"No task matches {pattern!r}; there are {there}.")
-        chosen |= found
-    return chosen
+            counts = Counter(task for episode in episodes for task in episode.tasks).most_common()
+            tasks = first_of([f"{task!r} ({count} episodes)" for task, count in counts], _TASKS_SHOWN)
+            raise DatasetError(f"No task matches {pattern!r}; the tasks are {tasks}.")
+        selected |= found
+    return selected

@@ -1,4 +1,4 @@
-"""Camera images: compressed files in the data files' rows, or files of their own that the rows name."""
+"""Camera images stored in the rows of data files, or in separate files named by the rows."""
 
 import collections
 import io
@@ -16,7 +16,7 @@ from torchpi.extras import require
 
 
 class ParquetImages:
-    """Images out of data files, for any number of threads; row groups read last stay in memory, compressed."""
+    """Thread-safe reader of images in data files. The last row groups read stay in memory, compressed."""
 
     def __init__(self, root: Path, cache_bytes: int) -> None:
         self._root, self._cache_bytes, self._cached_bytes = root, cache_bytes, 0
@@ -30,26 +30,26 @@ class ParquetImages:
             return image_pixels(file, depth)
         except UnidentifiedImageError as error:
             raise DatasetError(
-                f"{path}: the image of {camera} in row {row} is in no format that Pillow reads, such as TIFF with "
-                "floating-point numbers of 64 or 16 bits. Store it as PNG, JPEG, or TIFF of 16-bit integers or 32-bit "
-                "floating-point numbers."
+                f"{path}: the image of {camera} in row {row} has a format that Pillow can't read, for example TIFF "
+                "with 64-bit or 16-bit floating-point numbers. Store it as PNG, JPEG, or TIFF with 16-bit integers or "
+                "32-bit floating-point numbers."
             ) from error
         except DatasetError:
             raise
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow has many kinds
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises any of these
             raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error!s:.200}.") from error
 
     def file(self, path: Path, camera: str, row: int) -> bytes:
-        """An image as it is stored."""
-        found = self._row(path, camera, row)
-        if (compressed := found.get("bytes")) is not None:
-            return bytes(compressed)
-        if (name := found.get("path")) is None:
-            raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
+        """The encoded image."""
+        image = self._row(path, camera, row)
+        if image.get("bytes") is not None:
+            return bytes(image["bytes"])
+        if (name := image.get("path")) is None:
+            raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no image file.")
         return _file_inside(self._root, name, f"{path}, row {row}").read_bytes()
 
     def _row(self, path: Path, camera: str, row: int) -> dict[str, Any]:
-        """The "bytes" and "path" of a row, as far as it has them."""
+        """The "bytes" and "path" of a row; a dataset may have only one of them."""
         if path not in self._first_rows:
             with open_parquet(path) as file:
                 counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -60,18 +60,18 @@ class ParquetImages:
         if images is None:
             images = _read_row_group(path, camera, row_group)
         with self._lock:
-            if key not in self._row_groups:  # another thread may have been as fast
+            if key not in self._row_groups:  # otherwise another thread has read it, too
                 self._cached_bytes += images.nbytes
             self._row_groups[key] = images
             self._row_groups.move_to_end(key)
             while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
                 self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
-        place = row - int(self._first_rows[path][row_group])
-        return {name: images[name][place].as_py() for name in images.column_names}
+        offset = row - int(self._first_rows[path][row_group])
+        return {name: images[name][offset].as_py() for name in images.column_names}
 
 
 def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
-    """A table of the images' "bytes" and "path"s, of which a dataset may have one only."""
+    """Table with the columns "bytes" and "path" of the images, or one of them."""
     with open_parquet(path) as file:
         table = file.read_row_group(row_group, columns=[camera])
         columns = ", ".join(file.schema_arrow.names)
@@ -86,15 +86,15 @@ def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
 
 
 def _file_inside(root: Path, name: str, where: str) -> Path:
-    """An image's file in the dataset's folder, also where its name is a path on the computer that recorded it."""
+    """An image's file in the dataset's folder. Its name may be an absolute path on the computer that recorded it."""
     parts = name.replace("\\", "/").split("/")
     starts = [0] if parts[0] and ":" not in parts[0] else []
     starts += [i for i, part in enumerate(parts) if part == "images" and i]
-    inside = [root.joinpath(*parts[i:]) for i in starts if ".." not in parts[i:]]
-    if found := next((file for file in inside if file.is_file()), None):
-        DatasetFolder(root).check(found)
-        return found
+    for file in (root.joinpath(*parts[i:]) for i in starts if ".." not in parts[i:]):
+        if file.is_file():
+            DatasetFolder(root).check(file)
+            return file
     raise MissingFileError(
-        f"{where} names the image {name}, which is not in the dataset's folder {root}: expected it there under "
-        "images/. Copy the images as well; of a dataset of the Hub, download the whole repository."
+        f"{where} names the image {name}, which is not in the dataset's folder {root}: expected it in its "
+        "folder images/. Copy the images as well; for a dataset on the Hub, download the whole repository."
     )

@@ -1,7 +1,7 @@
-"""Episodes of datasets, written into a new one in format v3.0.
+"""Writing episodes of existing datasets to a new dataset in format v3.0.
 
-Videos are copied; an episode's is encoded anew only where it can't be decoded without its neighbours, or where frames
-are left out.
+Videos are copied. An episode's video is re-encoded only if it can't be decoded without its neighbours, or if frames are
+dropped.
 """
 
 import dataclasses
@@ -34,52 +34,53 @@ from torchpi.robots.keys import flatten
 _EPISODES_STATS = "meta/episodes_stats.jsonl"
 _WRITTEN_FILES = {lerobot.INFO, lerobot.STATS, lerobot.TASKS_PARQUET}
 _WRITTEN_FILES |= {lerobot.TASKS_JSONL, lerobot.EPISODES_JSONL, _EPISODES_STATS}
-"""Files of meta that are written anew, of all formats."""
+"""Files of meta, in all formats, that are not copied but written anew."""
 _WRITTEN_COLUMNS = re.compile("episode_index|tasks|length|dataset_(from|to)_index|(data|videos|stats|meta)/.*")
-"""Columns of the list of episodes that are written anew."""
+"""Columns of the list of episodes that are not copied but written anew."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of episodes that are written, and of all."""
+"""Called with the number of episodes written so far and in total."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
+    """Report no progress."""
 
 
 @dataclasses.dataclass
 class Edited:
-    """A new dataset."""
+    """Summary of a new dataset."""
 
     path: str
     episodes: int = 0
     frames: int = 0
     videos_copied: int = 0
-    """Videos are counted per episode and camera."""
+    """Counted per episode and camera, as is `videos_encoded`."""
     videos_encoded: int = 0
     notes: tuple[str, ...] = ()
-    """Parts of the old datasets that the new one has not."""
+    """Parts of the sources that the new dataset lacks."""
 
 
 class Piece(NamedTuple):
-    """An episode of a dataset."""
+    """An episode of a source dataset."""
 
     source: Metadata
     episode: Episode
     row: Mapping[str, Any]
-    """Its row in the list of episodes, statistics included."""
+    """Its row in the list of episodes, including statistics."""
 
 
 def pieces_of(path: str | Path, source: Metadata, indices: Collection[int] | None = None) -> list[Piece]:
-    """Episodes of a dataset, by default all; of an address, their files are downloaded."""
-    wanted = [episode for episode in source.episodes if indices is None or episode.index in indices]
-    episodes = drop_empty(wanted, source.root)
+    """Episodes of a dataset, by default all. For an address on the Hub, their files are downloaded."""
+    selected = [episode for episode in source.episodes if indices is None or episode.index in indices]
+    episodes = drop_empty(selected, source.root)
     download_frames(path, source.root, episodes, source.info.videos)
     spans, pool = VideoSpans(source.episodes, episodes, source.info.videos, source.info.fps, None), VideoPool()
     for video in {span.path for episode in episodes for span in episode.videos.values()}:
         spans.check(video, partial(pool.frame_times, video, source.info.fps))
     rows = {row["episode_index"]: row for row in episode_rows(source.root, source.info, stats=True)}
-    if (path := DatasetFolder(source.root).file(_EPISODES_STATS)).is_file():
-        for row in read_json_lines(path):
+    stats_file = DatasetFolder(source.root).file(_EPISODES_STATS)
+    if stats_file.is_file():
+        for row in read_json_lines(stats_file):
             rows.setdefault(row["episode_index"], {}).update(flatten(row, "/"))
     return [Piece(source, episode, rows[episode.index]) for episode in episodes]
 
@@ -93,19 +94,19 @@ def write_pieces(
     resampling: Resampling | None = None,
     progress: Progress,
 ) -> None:
-    """Write episodes of datasets that are alike into a new or empty folder; `result` gets the counts and notes."""
-    old = pieces[0].source.info
+    """Write episodes of mergeable datasets to a new or empty folder. Counts and notes are added to `result`."""
+    source_info = pieces[0].source.info
     info = new_info(
-        fps=old.fps if resampling is None else resampling.fps,
-        features=old.features,
-        robot_type=robot_type or old.robot_type,
-        data_file_mb=old.data_files_size_in_mb or 100,  # LeRobot's limits
-        video_file_mb=old.video_files_size_in_mb or 200,
+        fps=source_info.fps if resampling is None else resampling.fps,
+        features=source_info.features,
+        robot_type=robot_type or source_info.robot_type,
+        data_file_mb=source_info.data_files_size_in_mb or 100,  # LeRobot's limits
+        video_file_mb=source_info.video_files_size_in_mb or 200,
     )
     recording = Recording.create(folder, info)
     try:
         for done, (piece, table) in enumerate(_tables(pieces, info, result), start=1):
-            _add(recording, piece, table, result, resampling)
+            _write_episode(recording, piece, table, result, resampling)
             progress(done, len(pieces))
         recording.finish(recoverable=False)
     except BaseException:
@@ -116,42 +117,42 @@ def write_pieces(
 
 
 def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tuple[Piece, Any]]:
-    """The rows of each episode, all with the same columns."""
+    """Each episode with the table of its rows. All tables have the same schema."""
     pa = require("pyarrow", "data")
     names, schema = [name for name in info.features if name not in info.videos], None
-    images_in_rows = set(info.cameras) - set(info.videos)
+    image_columns = set(info.cameras) - set(info.videos)
     by_file = itertools.groupby(pieces, lambda piece: (piece.source.root, piece.episode.data_file))
     for (root, path), group in by_file:
         with open_parquet(path) as file:
             table = file.read()
-        if missing := ({"timestamp", "episode_index", "task_index"} | images_in_rows) - set(table.column_names):
+        if missing := ({"timestamp", "episode_index", "task_index"} | image_columns) - set(table.column_names):
             raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}, which a new dataset needs.")
         rows = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
-        if others := sorted(set(table.column_names) - set(names)):
-            result.notes += (f"{', '.join(others)} of {path}: no feature in {lerobot.INFO}",)
+        if unknown := sorted(set(table.column_names) - set(names)):
+            result.notes += (f"{', '.join(unknown)} of {path}: no feature in {lerobot.INFO}",)
         table, images = table.select([name for name in names if name in table.column_names]), ParquetImages(root, 0)
         for piece in group:
-            place = rows.get(piece.episode.index, slice(0, 0))
-            if place.stop - place.start != piece.episode.length:
+            span = rows.get(piece.episode.index, slice(0, 0))
+            if span.stop - span.start != piece.episode.length:
                 raise DatasetError(
-                    f"{path}: episode {piece.episode.index} has {counted(place.stop - place.start, 'frame')}; expected "
+                    f"{path}: episode {piece.episode.index} has {counted(span.stop - span.start, 'frame')}; expected "
                     f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
                 )
-            of_piece = table[place]
-            for camera in images_in_rows:
-                of_piece = _with_images(of_piece, camera, images, path, place.start)
-            schema = schema or of_piece.schema
+            episode = table[span]
+            for camera in image_columns:
+                episode = _with_images(episode, camera, images, path, span.start)
+            schema = schema or episode.schema
             try:
-                of_piece = of_piece.select(schema.names).cast(schema)
+                episode = episode.select(schema.names).cast(schema)
             except (KeyError, ValueError, pa.ArrowException) as error:
                 raise DatasetError(
                     f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
                 ) from error
-            yield piece, of_piece
+            yield piece, episode
 
 
 def _with_images(table: Any, camera: str, images: ParquetImages, path: Path, first_row: int) -> Any:
-    """The table of an episode with a camera's images in it, also those that it has names of files for."""
+    """The table of an episode with a camera's images embedded, including those that it only names files for."""
     pa = require("pyarrow", "data")
     column, kind = table.column(camera), table.schema.field(camera).type
     if pa.types.is_struct(kind) and "bytes" in kind.names and not column.combine_chunks().field("bytes").null_count:
@@ -161,18 +162,20 @@ def _with_images(table: Any, camera: str, images: ParquetImages, path: Path, fir
     return _with_column(table, camera, [{"bytes": file} for file in files], kind)
 
 
-def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None) -> None:
+def _write_episode(
+    recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None
+) -> None:
     texts = _instructions(piece, table)
-    seconds = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
-    seconds -= seconds[0]
+    timestamps = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
+    timestamps -= timestamps[0]
     frames = None
     if resampling is not None:
         frames = resampling.frames(len(table))
-        texts, seconds = [texts[i] for i in frames], np.arange(len(frames)) / resampling.fps
+        texts, timestamps = [texts[i] for i in frames], np.arange(len(frames)) / resampling.fps
         actions, kind = to_numpy(table.column(lerobot.ACTION)), table.schema.field(lerobot.ACTION).type
-        taken = resampling.actions(actions.reshape(len(table), -1)).reshape(-1, *actions.shape[1:])
-        table = _with_column(table.take(frames), lerobot.ACTION, taken.tolist(), kind)
-    for name, values in recording.bookkeeping(texts, seconds).items():
+        resampled = resampling.actions(actions.reshape(len(table), -1)).reshape(-1, *actions.shape[1:])
+        table = _with_column(table.take(frames), lerobot.ACTION, resampled.tolist(), kind)
+    for name, values in recording.bookkeeping(texts, timestamps).items():
         table = _with_column(table, name, values)
     tasks = tuple(dict.fromkeys([*texts, *piece.episode.tasks]))
     stats = {
@@ -199,14 +202,14 @@ def _instructions(piece: Piece, table: Any) -> list[str]:
 
 
 def _with_column(table: Any, name: str, values: Any, kind: Any = None) -> Any:
-    place, array = table.schema.get_field_index(name), require("pyarrow", "data").array(values, kind)
-    return table.append_column(name, array) if place < 0 else table.set_column(place, name, array)
+    i, array = table.schema.get_field_index(name), require("pyarrow", "data").array(values, kind)
+    return table.append_column(name, array) if i < 0 else table.set_column(i, name, array)
 
 
 def _write_video(
     path: Path, recording: Recording, piece: Piece, camera: str, frames: np.ndarray | None, result: Edited
 ) -> None:
-    """Copy an episode's video, or encode it anew: some of its frames, at the new dataset's rate, if they are given."""
+    """Copy an episode's video, or re-encode it. If `frames` are given, only these are kept, at the new rate."""
     (source, episode, _), feature = piece, recording.info.features[camera]
     span, fps = episode.video(camera), source.info.fps
     if frames is None and cut_video(path, span.path, span.from_timestamp, num_frames=episode.length, fps=fps):
@@ -214,22 +217,22 @@ def _write_video(
         return
     if is_depth_map(feature):
         raise DatasetError(
-            f"{camera} of episode {episode.index} is a depth video that would have to be encoded anew, which "
-            "would change its depths; it can be copied only where it begins with a keyframe, at the same rate."
+            f"{camera} of episode {episode.index} is a depth video that would have to be re-encoded, which would "
+            "change its depths; it can only be copied if it starts with a keyframe and keeps its rate."
         )
     result.videos_encoded += 1
     pool, encoder = VideoPool(limit=1), default_encoder()
     seconds = span.from_timestamp + (np.arange(episode.length) if frames is None else frames) / fps
     images = (pool.read(span.path, second, 0.25 / fps, 1 / fps) for second in seconds.tolist())
     encode_video(path, images, fps=recording.info.fps, encoder=encoder)
-    if not recording.episodes:  # LeRobot, too, describes the first file
+    if not recording.episodes:  # as in LeRobot, the feature describes the first file
         height, width = feature["shape"][:2]
         info = video_info(encoder, height=height, width=width, fps=recording.info.fps)
         recording.info.features[camera] = {**feature, "info": info}
 
 
 def _copy_other_files(folder: Path, roots: Sequence[Path], result: Edited) -> None:
-    """Copy the files of meta that LeRobot's format doesn't have, if they are the same in all datasets."""
+    """Copy files of meta that are not part of LeRobot's format, if they are the same in all sources."""
     files = [file for root in roots for file in (root / "meta").iterdir() if file.is_file()]
     names = {f"meta/{file.name}" for file in files if not is_hidden(Path(file.name))}
     for name in sorted(names - _WRITTEN_FILES):
