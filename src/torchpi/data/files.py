@@ -89,11 +89,7 @@ def require_file(path: Path, label: str = "file") -> None:
 
 
 def unreadable(path: Path, cause: object) -> DatasetError:
-    """The error about a file that can't be read.
-
-    Args:
-        cause: the library's error.
-    """
+    """The error about a file that can't be read; `cause` is the library's error."""
     with path.open("rb") as file:
         start = file.read(256)
         file.seek(max(0, path.stat().st_size - 4))

@@ -33,8 +33,7 @@ def coverage_with_reasons(
 ) -> StatsCoverage:
     """Add to the coverage of one robot what differs: numbers of dimensions, likely causes, and the dimensions with the
     most values outside the training range."""
-    reasons: list[str] = []
-    inside_of: list[tuple[float, str]] = []
+    reasons, inside_of = list[str](), list[tuple[float, str]]()
     for key, coverage in (("state", entry.state), ("actions", entry.actions)):
         ours = distribution_of[key]
         if coverage is None:
@@ -54,13 +53,8 @@ def coverage_with_reasons(
 
 
 def misfits(key: str, names: Sequence[str], ours: NormStats, theirs: NormStats) -> list[str]:
-    """Likely causes of values outside other statistics, or at the other end of their range.
-
-    Args:
-        names: the names of the first dimensions, which are compared.
-        ours: statistics of the dataset.
-        theirs: statistics of a checkpoint.
-    """
+    """Likely causes for which the values of a dataset (`ours`) are outside the statistics of a checkpoint (`theirs`), or
+    at the other end of their range, in the first dimensions, whose names are given."""
     dims = slice(len(names))
     low, high = (end[dims] for end in ours.training_range())
     their_low, their_high = (end[dims] for end in theirs.training_range())

@@ -81,11 +81,8 @@ def differ_in_unit(action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F
 def guess_command(
     action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"], frames: Int[np.ndarray, " n"], fps: float | int
 ) -> Guess:
-    """Guess the command of an action's dimension from the state's dimension that it moves.
-
-    Args:
-        frames: the frames that have a next frame in their episode.
-    """
+    """Guess the command of an action's dimension from the state's dimension that it moves, over all `frames` that have
+    a next frame in their episode."""
     value, next_state = action[frames], state[frames + 1]
     change = next_state - state[frames]
     if len(frames) < 2 or not (np.ptp(value) and np.ptp(next_state) and np.ptp(change)):

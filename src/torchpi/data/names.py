@@ -82,8 +82,8 @@ def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
                 raise DatasetError(f"index {i} is {found[i]!r}, not {expected[i]!r}")
     for i, j in enumerate(order):
         for group in _EXCLUSIVE:
-            ours, theirs = group.intersection(words[j]), group.intersection(wanted[i])
-            if ours and theirs and ours != theirs:
+            a, b = group.intersection(words[j]), group.intersection(wanted[i])
+            if a and b and a != b:
                 raise DatasetError(f"{found[j]!r} is not {expected[i]!r}")
     return order
 

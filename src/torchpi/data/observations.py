@@ -54,11 +54,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
 
 
 def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str], depth_keys: Collection[str] = ()) -> list[str]:
-    """The cameras of a dataset that the model reads for this embodiment. Matched, and refused, as by `to_observation`.
-
-    Args:
-        depth_keys: the depth cameras among `camera_keys`.
-    """
+    """The cameras of a dataset (`depth_keys`: depth cameras) that the model reads, matched as by `to_observation`."""
     read = {key for _, key in _matched(embodiment, camera_keys, depth_keys)}
     return [key for key in camera_keys if key in read]
 

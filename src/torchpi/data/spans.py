@@ -104,13 +104,8 @@ class VideoSpans:
                 last, last_end = episode, end
 
     def _mismatch(self, path: Path, times: Times, i: int, count: int, number: int | None, distance: float) -> str:
-        """The error message about the file's episode `i`.
-
-        Args:
-            count: number of frames in its span.
-            number: expected number of its first frame, if the file has as many frames as its episodes.
-            distance: how far the first or last frame is off, in seconds.
-        """
+        """The error message about the file's episode `i`, which has `count` frames in its span, the first or last one
+        `distance` seconds off; `number` is that of its first frame, if the file has as many frames as its episodes."""
         (key, episodes), fps = self._files[path], self._fps
         episode, total = episodes[i], sum(episode.length for episode in episodes)
         steps = np.diff(times) if len(times) > 1 else np.array([1 / fps])
