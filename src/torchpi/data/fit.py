@@ -53,8 +53,8 @@ def coverage_with_reasons(
 
 
 def misfits(key: str, names: Sequence[str], ours: NormStats, theirs: NormStats) -> list[str]:
-    """Likely causes for which the values of a dataset (`ours`) are outside the statistics of a checkpoint (`theirs`), or
-    at the other end of their range, in the first dimensions, whose names are given."""
+    """Likely causes of values of a dataset (`ours`) outside the statistics of a checkpoint (`theirs`), or at the other
+    end of their range. Only the first dimensions, whose names are given, are compared."""
     dims = slice(len(names))
     low, high = (end[dims] for end in ours.training_range())
     their_low, their_high = (end[dims] for end in theirs.training_range())
