@@ -1,11 +1,11 @@
-"""Effect of real-time chunking: a simulated robot under a policy whose chunks come late, in each mode of control.
+"""Effect of real-time chunking: a simulated robot whose chunks arrive late, in each control mode.
 
     python benchmarks/control.py --out control
 
-The same episodes run in each mode at each delay. A table says how often the task was done, how far the robot jumped
-where one chunk followed another, and how long it stood still. The control loop is torchpi-client's, with a clock that
-moves from step to step. The policy really infers, in this process, but its time does not count: its answer arrives
-exactly so many steps after it was requested.
+The same episodes run in each mode at each delay. A table shows success rates, jumps between consecutive chunks, and how
+long the robot was held. The control loop is torchpi-client's, with a virtual clock that advances by steps. The policy
+runs in this process, but its inference time does not count: its answer arrives exactly the given number of steps after
+the request.
 """
 
 import dataclasses
@@ -48,25 +48,25 @@ _COLORS = dict(zip(MODES, ("noise", "prefix", "time", "suffix", "vision"), stric
 
 @dataclasses.dataclass(frozen=True)
 class Differences:
-    """Between two actions, in parts of each dimension's range (1 % to 99 % of the training data's).
+    """Differences between two actions, as fractions of each dimension's range (1 % to 99 % of the training data).
 
-    Mean and percentile are those of each episode, averaged over the episodes: otherwise those that fail, which are many
-    times longer, would decide.
+    Mean and percentile are computed per episode and averaged over the episodes; otherwise failed episodes, which are
+    many times longer, would dominate.
     """
 
     count: int
     mean: float | None
-    """Of the mean over the dimensions; None: there are none."""
+    """Mean over differences and dimensions; None if there are no differences."""
     p95: float | None
-    """The 95th percentile of that mean."""
+    """95th percentile of the mean over the dimensions."""
     dimension_means: dict[str, float]
-    """Per dimension of the action; without those that have no range."""
+    """Mean per action dimension, without dimensions that have no range."""
     dimension_p95s: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlResult:
-    """One mode at one delay, over all episodes."""
+    """Result of one mode at one delay, over all episodes."""
 
     mode: str
     delay: int
@@ -75,48 +75,48 @@ class ControlResult:
     success_rate: float
     """0 to 1."""
     interval: tuple[float, float]
-    """Wilson's 95 % interval of it."""
+    """Wilson's 95 % interval of the success rate."""
     steps_to_success: float | None
-    """Mean of the successful episodes, steps in which the robot was held included; None: there are none."""
+    """Mean over the successful episodes, including steps in which the robot was held; None if none succeeded."""
     jumps: Differences
-    """At chunk borders: from the action that would have been executed at this step without the new chunk, to the one
-    that was. Where the old chunk has no action for it, there is none."""
+    """Differences at chunk borders between the action that the old chunk has for the step and the executed one. Borders
+    at which the old chunk has no action are left out."""
     changes_at_borders: Differences
-    """From one command to the next where they are not of the same chunk, or the robot stops or starts."""
+    """Changes between consecutive commands of different chunks, or when the robot stops or starts."""
     changes_inside: Differences
-    """From one command to the next of the same chunk."""
+    """Changes between consecutive commands of the same chunk."""
     steps: int
-    """Commands in all episodes."""
+    """Number of commands in all episodes."""
     chunks: int
     waits: int
-    """Steps without an action where none was expected: before the first chunk, and between chunks in "sync"."""
+    """Steps without an action as expected: before the first chunk, and between chunks in "sync"."""
     holds: int
     """Steps in which the robot was held because a chunk was late."""
     late_chunks: int
     stopped: int
-    """Episodes that the control loop ended."""
+    """Number of episodes that the control loop ended."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlBenchmark:
-    """The result of `bench_control`."""
+    """Result of `bench_control`."""
 
     policy: str
     env: str
     tasks: tuple[str, ...]
     episodes: int
-    """Per task; the same for each mode and delay."""
+    """Episodes per task, the same for each mode and delay."""
     seed: int
     action_horizon: int
     execute_steps: int | None
-    """Before the next chunk is asked for, except in "ensemble"; None: half of the chunk."""
+    """Executed actions before the next chunk is requested, except in "ensemble"; None: half of the chunk."""
     late: str
-    """The loop's behaviour when the actions run out before the next chunk has arrived: hold or stop."""
+    """Behaviour when the actions run out before the next chunk arrives: hold or stop."""
     results: tuple[ControlResult, ...]
     left_out: tuple[str, ...]
-    """Modes and delays that the policy does not support, in words."""
+    """Descriptions of modes and delays that the policy does not support."""
     seconds: float
-    """The whole benchmark on the clock."""
+    """Wall-clock duration of the benchmark."""
 
 
 # ---- episodes ----
@@ -140,18 +140,17 @@ def bench_control(
 
     Args:
         policy: a path or "demo", see `load_policy`; or a `Policy`, with one worker.
-        env: one of `ENVIRONMENTS`, whose robot the policy is for.
-        tasks: by name.
-        episodes: per task, mode and delay.
-        delays: in control steps.
-        modes: of `MODES`; None: all that the policy can do.
-        seed: of episodes and noise; the episodes are those of `evaluate`.
-        execute_steps: of a chunk, before the next is asked for; None: what the policy recommends, or half of its chunk.
-            In "ensemble" always 1.
-        late: "hold" or "stop", see `ControlSettings`: what happens where d > H − s. ("slow" begins when a chunk takes
-            longer than those before, which does not happen here.)
-        workers: processes, each with one thread; None: as many as the CPU's cores and the memory allow, or 1 for a
-            `Policy`.
+        env: one of `ENVIRONMENTS`, with the policy's robot.
+        tasks: names of tasks.
+        episodes: episodes per task, mode and delay.
+        delays: delays in control steps.
+        modes: names in `MODES`; None: all that the policy supports.
+        seed: seed of episodes and noise; the episodes are those of `evaluate`.
+        execute_steps: executed actions before the next chunk is requested; None: the policy's recommendation, or half
+            of its chunk. Always 1 in "ensemble".
+        late: "hold" or "stop", see `ControlSettings`; applies if d > H − s. ("slow" needs a chunk that takes longer
+            than the previous ones, which does not happen here.)
+        workers: processes with one thread each; None: as many as CPU cores and memory allow, or 1 for a `Policy`.
         progress: show a progress bar on stderr.
     """
     start = time.perf_counter()
@@ -190,7 +189,7 @@ def bench_control(
 
 def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_prefix: int) -> None:
     if unknown := [mode for mode in modes if mode not in MODES]:
-        raise UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(MODES)}.")
+        raise UsageError(f"Unknown mode {', '.join(unknown)}; expected {', '.join(MODES)}.")
     if not modes or len(set(modes)) < len(modes):
         raise UsageError(f"Expected at least one mode, each once, got {', '.join(modes) or 'none'}.")
     if not delays or min(delays) < 0 or len(set(delays)) < len(delays):
@@ -207,7 +206,7 @@ def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_prefi
 def _num_workers(policy: str | Policy, loaded: Policy, workers: int | None, jobs: int) -> int:
     if not isinstance(policy, str):
         if workers not in (None, 1):
-            raise UsageError(f"A Policy object can't be shared by {workers} processes: give its path, or workers=1.")
+            raise UsageError(f"A Policy object can't be shared by {workers} processes; pass its path, or workers=1.")
         return 1
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     return default_workers(jobs, bytes_each=2 * weights) if workers is None else workers
@@ -254,7 +253,7 @@ def _differences(found: Sequence[Float[np.ndarray, "_ a"]], policy: Policy) -> D
 
 
 def _named(names: Sequence[str], episodes: Sequence[Float[np.ndarray, " a"]]) -> dict[str, float]:
-    """Per dimension, the mean of the episodes."""
+    """Mean over the episodes, by dimension."""
     return dict(zip(names, np.mean(episodes, axis=0).tolist(), strict=True))
 
 
@@ -262,22 +261,22 @@ def _named(names: Sequence[str], episodes: Sequence[Float[np.ndarray, " a"]]) ->
 
 
 def plot_control(benchmark: ControlBenchmark) -> "Figure":
-    """Over the delay, a line per mode: success with its interval, what happens at chunk borders, steps to success."""
+    """Plot success with its interval, jumps and changes at chunk borders, and steps to success over the delay."""
     return draw_figure(lambda figure: _draw_control(figure, benchmark), size=(15.0, 4.2))
 
 
 def _draw_control(figure: "Figure", benchmark: ControlBenchmark) -> None:
     success, jumps, changes, steps = figure.subplots(1, 4)
     modes = list(dict.fromkeys(result.mode for result in benchmark.results))
-    for place, mode in enumerate(modes):
+    for position, mode in enumerate(modes):
         found = [result for result in benchmark.results if result.mode == mode]
         # Side by side, because the modes' intervals would hide each other.
-        delays = np.array([result.delay for result in found]) + 0.12 * (place - (len(modes) - 1) / 2)
+        delays = np.array([result.delay for result in found]) + 0.12 * (position - (len(modes) - 1) / 2)
         rates = np.array([result.success_rate for result in found])
         low, high = np.array([result.interval for result in found]).T
         line: dict[str, Any] = {"color": COLORS[_COLORS[mode]], "marker": "o", "markersize": 4, "linewidth": 1.6}
         success.errorbar(delays, rates, [rates - low, high - rates], label=mode, elinewidth=1, capsize=2, **line)
-        # Where most old chunks have ended before the new ones begin, the few others do not stand for them.
+        # If most old chunks end before the new ones begin, the remaining jumps are not representative.
         _draw(jumps, delays, [r.jumps.mean if r.jumps.count > r.chunks / 2 else None for r in found], **line)
         _draw(changes, delays, [result.changes_at_borders.mean for result in found], **line)
         _draw(steps, delays, [result.steps_to_success for result in found], **line)
@@ -303,7 +302,7 @@ def _print_table(benchmark: ControlBenchmark, console: Console) -> None:
     execute = benchmark.execute_steps or "half of it"
     console.print(
         f"{benchmark.policy} in {benchmark.env}: {', '.join(benchmark.tasks)}, {benchmark.episodes} episodes each; "
-        f"chunks of {benchmark.action_horizon}, asked for after {execute}; late: {benchmark.late}"
+        f"chunks of {benchmark.action_horizon}, requested after {execute}; late: {benchmark.late}"
     )
     titles = ("delay", "success", "interval", "steps", "jump", "p95", "border", "inside", "held", "late")
     rows = []
@@ -319,16 +318,16 @@ def _print_table(benchmark: ControlBenchmark, console: Console) -> None:
                 f"{result.late_chunks / result.episodes:.1f}",
             ]
         )
-    table = Table("mode", box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # 80 characters wide, as a log
+    table = Table("mode", box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # fits 80 columns
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "steps: to success. jump: at chunk borders, from what the old chunk says for the step to what is executed. "
-        "border, inside: from command to command there, and inside of chunks. All these in parts of the action range. "
-        "Per episode, held: steps without an action; late: chunks before which the actions ran out."
+        "steps: to success. jump: difference at chunk borders between the old chunk's action and the executed one. "
+        "border, inside: change between consecutive commands at borders and within chunks. These are fractions of the "
+        "action range. Per episode, held: steps without an action; late: chunks before which the actions ran out."
     )
     for line in benchmark.left_out:
         console.print(f"left out: {line}")
@@ -353,21 +352,21 @@ def main(
     out: pathlib.Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Run the episodes, and print a table.
+    """Run the episodes and print a table.
 
     Args:
-        policy: a policy folder or checkpoint; by default the embedded one.
-        tasks: names, separated by commas.
-        episodes: per task, mode and delay.
+        policy: policy folder or checkpoint; by default the embedded policy.
+        tasks: names of tasks, separated by commas.
+        episodes: episodes per task, mode and delay.
         delays: control steps from an observation to its chunk, separated by commas.
-        modes: of sync, async, ensemble, rtc (guided towards the old chunk) and rtc-trained (conditioned on its first
+        modes: sync, async, ensemble, rtc (guided towards the old chunk) and rtc-trained (conditioned on its first
             actions), separated by commas; by default all that the policy supports.
-        env: the simulator.
-        execute_steps: actions of a chunk to execute before the next is requested; by default what the policy
-            recommends. In ensemble 1.
-        late: behaviour where the actions run out before the next chunk has arrived: hold the robot, or stop.
-        seed: of episodes and noise.
-        workers: processes; by default as many as the CPU's cores and the memory allow.
+        env: simulator.
+        execute_steps: executed actions before the next chunk is requested; by default the policy's recommendation.
+            Always 1 in ensemble.
+        late: behaviour when the actions run out before the next chunk arrives: hold the robot, or stop.
+        seed: seed of episodes and noise.
+        workers: number of processes; by default as many as CPU cores and memory allow.
         out: folder for control.json and control.png.
         as_json: print one JSON document.
     """

@@ -1,4 +1,4 @@
-"""Episodes of a simulated robot whose policy's answers take their time, under torchpi-client's control loop."""
+"""Episodes of a simulated robot under torchpi-client's control loop, with delayed policy answers."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from torchpi_client.report import ControlReport
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
 
 STEP_SECONDS = 0.05
-"""A control step on the virtual clock; delays are whole steps, so that its length changes no result."""
+"""Control step on the virtual clock. Delays are whole steps, so its length does not affect the results."""
 
 TRAINED = "rtc-trained"
 MODES: dict[str, tuple[str, Literal["trained", "guidance"] | None]] = {
@@ -34,26 +34,26 @@ MODES: dict[str, tuple[str, Literal["trained", "guidance"] | None]] = {
     "rtc": ("rtc", "guidance"),
     TRAINED: ("rtc", "trained"),
 }
-"""Modes by name: the control loop's mode, and how the policy continues the old chunk (`PreviousChunk.method`)."""
+"""Modes by name: the control loop's mode, and `PreviousChunk.method`."""
 
 
 class VirtualClock:
-    """Moves to the moment that is waited for."""
+    """Clock that jumps to the time that is waited for."""
 
     def __init__(self) -> None:
         self._time = 0.0
 
     def now(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return self._time
 
     def sleep_until(self, moment: float) -> None:
-        """It is then."""
+        """Advance to this time."""
         self._time = max(self._time, moment)
 
 
 class DelayedPolicy:
-    """A policy for the control loop, and its inference: an answer arrives a number of steps after the question."""
+    """Policy and `Inference` of the control loop, whose answers arrive a fixed number of steps after the request."""
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class DelayedPolicy:
         noise: Callable[[int], np.ndarray],
         method: Literal["trained", "guidance"] | None = None,
     ) -> None:
-        """A policy behind a delay.
+        """Wrap a policy.
 
         Args:
-            delay: in control steps.
-            noise: the number of a chunk to the noise [H, action_dim] that it begins from.
-            method: of continuing the old chunk, see `PreviousChunk.method`.
+            delay: delay in control steps.
+            noise: returns a chunk's initial noise [H, action_dim] by the chunk's number.
+            method: see `PreviousChunk.method`.
         """
         self._policy, self._clock, self._delay, self._noise, self._method = policy, clock, delay, noise, method
         self.metadata = {**policy.metadata, RTC: True}
@@ -77,7 +77,7 @@ class DelayedPolicy:
         self._answer: Answer | None = None
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """A chunk that continues the rest of the old one, where the loop sent it along."""
+        """Infer a chunk, which continues the rest of the old one if the request has it."""
         observation = dict(observation)
         sent = WirePreviousChunk.from_wire(observation.pop(RTC)) if RTC in observation else None
         prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon, self._method) if sent else None
@@ -87,23 +87,23 @@ class DelayedPolicy:
 
     @property
     def busy(self) -> bool:
-        """True while there is a request whose answer was not taken yet."""
+        """True while a request's answer has not been taken."""
         return self._answer is not None
 
     def start(self, observation: dict[str, Any]) -> None:
-        """Infer; the answer is kept until its time comes."""
+        """Infer; the answer becomes available after the delay."""
         arrival = self._clock.now() + self._delay * STEP_SECONDS
         self._answer = Answer(self.infer(observation), None, arrival)
 
     def poll(self) -> Answer | None:
-        """Take the answer; None: it is not there yet."""
+        """Take the answer, or None if it has not arrived."""
         if self._answer is None or self._answer.finished > self._clock.now() + STEP_SECONDS / 1000:
             return None
         answer, self._answer = self._answer, None
         return answer
 
     def wait(self, seconds: float) -> Answer:
-        """Take the answer when it is there. The loop waits for its warm-up alone, whose chunks do not count."""
+        """Wait for the answer. The loop only does this in its warm-up, whose chunks do not count."""
         assert self._answer is not None
         self._clock.sleep_until(self._answer.finished)
         answer, self._answer, self._chunks = self._answer, None, 0
@@ -111,7 +111,7 @@ class DelayedPolicy:
 
 
 class SimulatedRobot:
-    """A robot of the control loop that is an environment; each command is one of its steps."""
+    """Environment as the control loop's robot; each command is one step."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -119,15 +119,15 @@ class SimulatedRobot:
 
     @property
     def over(self) -> bool:
-        """The task is done, or the steps are used up, or the simulation has broken."""
+        """True if the task is done, the steps are used up, or the simulation became unstable."""
         return self.success or self.unstable or self.steps == self._environment.max_steps
 
     def observe(self) -> dict[str, Any]:
-        """The environment's observation now."""
+        """Current observation of the environment."""
         return self._environment.observe()
 
     def act(self, action: np.ndarray) -> None:
-        """One step; none after the episode is over (the loop ends with a command that holds the robot)."""
+        """Execute one step, unless the episode is over (the loop ends with a command that holds the robot)."""
         if self.over:
             return
         try:
@@ -138,7 +138,7 @@ class SimulatedRobot:
 
 
 class _WatchedSchedule:
-    """The loop's schedule, with notes of the borders of chunks."""
+    """Wrapper of the loop's schedule that records jumps at chunk borders."""
 
     def __init__(self, schedule: ActionQueue | Ensemble) -> None:
         self._schedule = schedule
@@ -173,21 +173,21 @@ class _WatchedSchedule:
         return action
 
     def _without_new_chunk(self) -> np.ndarray | None:
-        """The action of the next step, by the chunks up to now."""
+        """Action for the next step according to the chunks so far."""
         if isinstance(self._schedule, Ensemble):
             return copy.deepcopy(self._schedule).next()
-        place = self.executed - self._start  # "sync" would not execute it, but it is there
-        return self._chunk[place] if place < len(self._chunk) else None
+        index = self.executed - self._start  # exists even in "sync", which would not execute it
+        return self._chunk[index] if index < len(self._chunk) else None
 
 
 class _WatchedLoop(ControlLoop):
-    """The control loop, with notes of its commands; it ends with the episode."""
+    """Control loop that records its commands and ends with the episode."""
 
     def __init__(self, robot: SimulatedRobot, *arguments: Any, **options: Any) -> None:
         super().__init__(robot, *arguments, **options)
         self._simulated = robot
         self.commands: list[tuple[np.ndarray, int | None]] = []
-        """Each with the number of its chunk; None: the robot was held."""
+        """Commands with the number of their chunk; None if the robot was held."""
 
     def _make_schedule(self, length: int) -> Any:
         self.watched = _WatchedSchedule(super()._make_schedule(length))
@@ -195,7 +195,7 @@ class _WatchedLoop(ControlLoop):
 
     def _request_chunk(self) -> None:
         super()._request_chunk()
-        self._receive()  # an answer without delay is there in the same step; real ones never are
+        self._receive()  # with delay 0 an answer arrives in the same step, unlike real ones
 
     def _next_command(self) -> np.ndarray | None:
         executed = self.watched.executed
@@ -212,7 +212,7 @@ class _WatchedLoop(ControlLoop):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Result of an episode; differences are in the robot's units, absolute."""
+    """Result of an episode; differences are absolute values in the robot's units."""
 
     success: bool
     steps: int
@@ -223,7 +223,7 @@ class Outcome:
 
 
 def _changes(commands: Sequence[tuple[np.ndarray, int | None]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """From command to command: at borders, and inside of chunks. While the robot is held, there are none."""
+    """Changes between consecutive commands at chunk borders and within chunks, except while the robot is held."""
     borders: list[np.ndarray] = []
     inside: list[np.ndarray] = []
     for (before, old), (after, new) in itertools.pairwise(commands):
@@ -234,7 +234,7 @@ def _changes(commands: Sequence[tuple[np.ndarray, int | None]]) -> tuple[list[np
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One episode to run."""
+    """Episode to run."""
 
     mode: str
     delay: int
@@ -242,12 +242,12 @@ class Job:
     index: int
 
     def label(self) -> str:
-        """For messages."""
+        """Label for messages."""
         return f"episode {self.index} of {self.task}, {self.mode} at delay {self.delay}"
 
 
 class Episodes:
-    """Runs episodes in one process and one thread; keeps the policy, and the simulation of the latest task."""
+    """Runs episodes in one process with one thread; keeps the policy and the latest task's simulation."""
 
     def __init__(self, policy: str | Policy, env: str, seed: int, execute_steps: int | None, late: str) -> None:
         self._policy = load_policy(policy, device="cpu") if isinstance(policy, str) else policy

@@ -1,9 +1,9 @@
-"""Time and peak memory of what is done with a full-size checkpoint: loading, converting, planning, building a training.
+"""Time and peak memory of loading, converting, planning and building a training from a full-size checkpoint.
 
     python benchmarks/full_size.py FOLDER [--config pi05] [--finetune lora]
 
-FOLDER gets a bfloat16 checkpoint of random numbers under openpi's PyTorch names (6.7 GB for pi05), if it has none yet.
-Each row is a process of its own, one after the other; at most one model is in memory, in bfloat16 or as it is trained.
+If FOLDER has no checkpoint, one is written: random numbers in bfloat16 under openpi's PyTorch names (6.7 GB for pi05).
+Each row runs in its own process, one after the other; at most one model is in memory, in bfloat16 or as for training.
 """
 
 import dataclasses
@@ -35,24 +35,24 @@ SIZES = "model.json"
 
 @dataclasses.dataclass(frozen=True)
 class FullSize:
-    """A checkpoint of random numbers."""
+    """Checkpoint of random numbers."""
 
     folder: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Folder of the checkpoint, which is written if it has none."""
+    """Folder of the checkpoint, which is created if missing."""
     config: str = "pi05"
-    """A preset, or mid (47 M parameters)."""
+    """Preset, or mid (47 M parameters)."""
     finetune: Finetune = "lora"
-    """Trained weights of the training that is built and planned."""
+    """Trained weights of the planned and built training."""
 
     def run(self) -> None:
-        """Print a table."""
+        """Measure all operations and print a table."""
         config = bench_config(self.config)
         if not has_weights(self.folder):
             self.write()
         size = 2 * sum(torch.Size(array.shape).numel() for array in torch_table(config).values())
         free = psutil.virtual_memory().available
         if free < 2.5 * size:
-            raise SystemExit(f"{free / 1e9:.1f} GB of memory are available, expected {2.5 * size / 1e9:.1f} GB.")
+            raise SystemExit(f"{free / 1e9:.1f} GB of memory are available; expected {2.5 * size / 1e9:.1f} GB.")
         print("| | seconds | CPU | own peak, GB | with mapped files, GB | model, GB |")
         print("| --- | --- | --- | --- | --- | --- |")
         steps: tuple[tuple[str, Callable[..., int]], ...] = (
@@ -68,7 +68,7 @@ class FullSize:
             )
 
     def write(self) -> None:
-        """Write the checkpoint, every array from the same 16 M normal numbers."""
+        """Write the checkpoint, filling every array from the same 16 M normal numbers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         config = bench_config(self.config)
         shapes = {name: array.shape for name, array in torch_table(config).items()}
@@ -83,7 +83,7 @@ class FullSize:
 
 
 def recipe(folder: pathlib.Path, finetune: Finetune) -> TrainConfig:
-    """A training of the checkpoint."""
+    """Training recipe for the checkpoint."""
     config = TrainConfig(
         init=str(folder), model=str(folder / SIZES), finetune=finetune, embodiment="aloha", device="cpu", ema_decay=0.0
     )
@@ -91,25 +91,25 @@ def recipe(folder: pathlib.Path, finetune: Finetune) -> TrainConfig:
 
 
 def load(folder: pathlib.Path, finetune: Finetune) -> int:
-    """Bytes of the loaded model, in bfloat16; every one was read."""
+    """Load the model in bfloat16, read every byte, and return their number."""
     model = load_model(folder, config=folder / SIZES, dtype=torch.bfloat16)
     return sum(p.nbytes for p in model.parameters() if p.view(-1).max() is not None)
 
 
 def convert_to_jax(folder: pathlib.Path, finetune: Finetune) -> int:
-    """Bytes of the converted arrays; nothing is read back."""
+    """Convert without checking the result, and return the bytes of the arrays."""
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".torchpi_full_size_") as scratch:
         report = convert(folder, pathlib.Path(scratch) / "jax", "openpi-jax", config=folder / SIZES, check=False)
     return 2 * report.num_parameters
 
 
 def plan_training(folder: pathlib.Path, finetune: Finetune) -> int:
-    """Bytes of the weights of a training that does not fit, so that all alternatives are planned."""
+    """Plan a training that does not fit, so that all alternatives are planned; return the bytes of its weights."""
     return plan(recipe(folder, finetune), world_size=1, local_world_size=1, device_memory=10**9).peak.weights
 
 
 def build_training(folder: pathlib.Path, finetune: Finetune) -> int:
-    """Bytes of the weights of a training that is built."""
+    """Build a training, and return the bytes of its weights."""
     config = recipe(folder, finetune)
     with process_group("cpu") as world:
         init = open_init(config)

@@ -1,11 +1,11 @@
-"""Acceptance of a GPU in at most nine minutes: correctness, latency of sampling, speed and memory of training.
+"""Acceptance test of a GPU in at most nine minutes: correctness, sampling latency, training speed and memory.
 
     python benchmarks/gpu_acceptance.py                                  # full-size π₀.₅ on a CUDA device
-    python benchmarks/gpu_acceptance.py --device cpu --config small      # the script itself, in seconds
+    python benchmarks/gpu_acceptance.py --device cpu --config small      # test of this script, in seconds
 
 Writes OUT.json and OUT.md, the tables for docs/benchmarks.md. The exit status is the number of failures. Each part has
-a share of the budget, and on a GPU a process of its own: an illegal memory access ends a part, not the others. What
-does not fit into the time is skipped, and the result says so. All weights are random, drawn on the device.
+a share of the budget, and on a GPU its own process, so that an illegal memory access ends only that part. Measurements
+that don't fit into the time are skipped and marked in the result. All weights are random, drawn on the device.
 """
 
 import dataclasses
@@ -58,20 +58,20 @@ NUM_STEPS, GRACE = 10, 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Settings of a part that runs, and the end of its time."""
+    """Settings of a running part, and its deadline."""
 
     device: torch.device
     config: Pi0Config
     end: float
-    """By `time.time`, as the process that started this one knows it."""
+    """Deadline by `time.time`, which the parent process shares."""
 
     @property
     def full(self) -> bool:
-        """Sizes of a GPU, not of a test."""
+        """True for full sizes on a GPU, False for a test of this script."""
         return self.device.type == "cuda"
 
     def row(self, row: Row, work: Callable[[], Row], needs: float) -> Row:
-        """The row with its figures, or with the reason why there are none; `needs` are its seconds as estimated."""
+        """Add a row's figures, or the reason why they are missing; `needs` is the estimated time in seconds."""
         left = self.end - time.time()
         if left < needs:
             return row | {"skipped": f"{left:.0f} s left, about {needs:.0f} needed"}
@@ -90,7 +90,7 @@ class Part:
 
 
 def run_checks(part: Part, checks: Iterator[Check]) -> Iterator[Row]:
-    """A row per check; the next one is skipped where twice the time of the slowest one so far is not left."""
+    """Yield a row per check. A check is skipped if less than twice the time of the slowest one so far is left."""
     slowest = 2.0 if part.full else 0.0
     for name, check in checks:
 
@@ -104,7 +104,7 @@ def run_checks(part: Part, checks: Iterator[Check]) -> Iterator[Row]:
 
 
 def kernels_part(part: Part) -> Iterator[Row]:
-    """Triton kernels against their plain twins."""
+    """Compare Triton kernels with their plain references."""
     if part.full or INTERPRETED:
         yield from run_checks(part, kernel_checks(part.device, part.full))
     else:
@@ -112,17 +112,17 @@ def kernels_part(part: Part) -> Iterator[Row]:
 
 
 def engine_part(part: Part) -> Iterator[Row]:
-    """The engine against the plain model, on a small model."""
+    """Compare the engine with the plain model, for a small model."""
     yield from run_checks(part, engine_checks(part.device, ("graph", "eager", "compiled") if part.full else ("eager",)))
 
 
 def training_checks_part(part: Part) -> Iterator[Row]:
-    """Loss, gradients and updates against the CPU's, on a small model."""
+    """Compare loss, gradients and updates with the CPU's, for a small model."""
     yield from run_checks(part, training_checks(part.device))
 
 
 def loading_part(part: Part) -> Iterator[Row]:
-    """Time to load a policy folder's weights, which the disk's cache holds, in bfloat16."""
+    """Time of loading a policy folder's weights in bfloat16, from the disk cache."""
 
     def work() -> Row:
         with tempfile.TemporaryDirectory(prefix="torchpi_acceptance_") as scratch:
@@ -141,19 +141,19 @@ def loading_part(part: Part) -> Iterator[Row]:
 
 
 def make_model(part: Part) -> Pi0:
-    """A model with random weights in bfloat16."""
+    """Create a model with random weights in bfloat16."""
     model = Pi0(part.config, device="meta", dtype=torch.bfloat16).to_empty(device=part.device)
     return random_weights(model)
 
 
 def machine_of(part: Part) -> Machine:
-    """Peak rates, on a GPU after two warm-ups."""
+    """Measure peak rates, on a GPU after two warm-ups."""
     measure_now = measure_machine(torch.bfloat16, part.device)
     return [measure_now() for _ in range(3 if part.full else 1)][-1]
 
 
 def sampling_part(part: Part) -> Iterator[Row]:
-    """Latency: the shapes with a target first, in the mode that is served first."""
+    """Measure latency, beginning with the shapes that have a target, in the serving mode."""
     machine = machine_of(part)
     yield {"what": "machine", "flops_per_second": machine.flops, "bytes_per_second": machine.bytes}
     shapes = [(3, 200), (2, 50), (3, 50), (3, 20), (2, 200), (2, 20), (1, 200), (1, 50), (1, 20)]
@@ -174,12 +174,12 @@ def sampling_part(part: Part) -> Iterator[Row]:
             row = part.row(row, measure_row, needs=1.5 * slowest[mode])
             slowest[mode] = max(slowest[mode], row.get("took_s", 0.0))
             yield row
-        del sampler, measure_row  # before the next one is made
+        del sampler, measure_row  # before the next one is created
         gc.collect()
 
 
 def make_sampler(part: Part, mode: str) -> Pi0 | InferenceEngine:
-    """The plain model, or an engine that keeps one bucket, with Triton kernels where it captures graphs."""
+    """Create the plain model, or an engine that keeps one bucket, with Triton kernels if it captures graphs."""
     model = make_model(part)
     if mode == "eager":
         return model
@@ -194,7 +194,7 @@ def make_sampler(part: Part, mode: str) -> Pi0 | InferenceEngine:
 def measure_sampling(
     part: Part, sampler: Pi0 | InferenceEngine, work: Workload, rtc: Sequence[str], machine: Machine
 ) -> Row:
-    """Figures of one shape. The engine reads the observation from the host, as a policy's; the plain model does not."""
+    """Measure one shape. The engine reads the observation from the host, as in a policy; the plain model does not."""
     device = part.device
     observation = make_observation(work, device if isinstance(sampler, Pi0) else torch.device("cpu"))
     shape = (1, work.config.require("action_horizon"), work.config.action_dim)
@@ -232,7 +232,7 @@ def measure_sampling(
 
 
 def count_kernels(run: Callable[[], Any]) -> int:
-    """Kernels that the device ran, without copies."""
+    """Number of kernels that the device ran, without copies."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -241,14 +241,14 @@ def count_kernels(run: Callable[[], Any]) -> int:
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, runs: int = 11) -> float:
-    """Milliseconds of a run, after a warm-up."""
+    """Milliseconds of a run after a warm-up."""
     run()
     return 1e3 * statistics.median(timed(run, device) for _ in range(runs))
 
 
 @torch.no_grad()
 def plain_breakdown(model: Pi0, observation: Any, noise: Tensor, device: torch.device) -> Row:
-    """Vision, prefill and steps of the plain model, each timed alone."""
+    """Time vision, prefill and steps of the plain model separately."""
     images = torch.cat(list(observation.images.values()))
     prefix = model.embed_prefix(observation, drop_padding=True)
     cache = model.prefill(observation, prefix, no_padding=True)
@@ -262,7 +262,7 @@ def plain_breakdown(model: Pi0, observation: Any, noise: Tensor, device: torch.d
 
 @torch.no_grad()
 def engine_breakdown(runner: Runner, whole_ms: float, device: torch.device) -> Row:
-    """Vision and prefill, as the runner runs them, timed alone; the steps and copies are the rest of the whole."""
+    """Time the runner's vision and prefill separately; steps and copies are the remainder of the total."""
     inputs, horizon = runner.inputs, runner.bucket.horizon
 
     def prefill() -> Any:
@@ -274,26 +274,26 @@ def engine_breakdown(runner: Runner, whole_ms: float, device: torch.device) -> R
     if runner.graph is not None:
         vision, prefill = captured(vision), captured(prefill)
     both = median_ms(prefill, device)
-    if runner.graph is None and device.type == "cuda":  # compiled as one
+    if runner.graph is None and device.type == "cuda":  # compiled as one graph
         return {"vision_ms": None, "prefill_ms": both, "steps_ms": whole_ms - both}
     alone = median_ms(vision, device)
     return {"vision_ms": alone, "prefill_ms": both - alone, "steps_ms": whole_ms - both}
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """A CUDA graph of a run."""
-    run()  # the kernels are compiled: the runner has been captured
+    """Capture a run as a CUDA graph."""
+    run()  # the kernels are already compiled, because the runner has been captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()
-    return lambda kept=kept: graph.replay()  # the results' memory belongs to the graph
+    return lambda kept=kept: graph.replay()  # the graph owns the results' memory
 
 
 # ---- training ----
 
 
 def training_part(part: Part) -> Iterator[Row]:
-    """Updates in bfloat16 with float32 weights; where one does not fit into the memory, with less kept for backward."""
+    """Measure bfloat16 updates with float32 weights, with more activation checkpointing if the memory is exceeded."""
     model = Pi0(part.config, device="meta", compute_dtype=torch.bfloat16).to_empty(device=part.device)
     state = TrainState.create(random_weights(model).train(), weight_decay=1e-10, ema=True)
     machine = machine_of(part)
@@ -320,12 +320,12 @@ def training_part(part: Part) -> Iterator[Row]:
 
 
 def measure_training(part: Part, model: Pi0, state: TrainState, machine: Machine, row: Row) -> Row:
-    """Figures of a row's batch size: three cameras, prompts of the largest length."""
+    """Measure a row's batch size with three cameras and prompts of maximum length."""
     device, batch, kind = part.device, row["batch"], row["checkpointing"]
     config = TrainConfig(batch_size=batch).replace(activation_checkpointing=kind)
     meta = Pi0(part.config, device="meta", compute_dtype=torch.bfloat16)
     plan = peak_memory(meta, config, ("a", "b", "c"), world_size=1, shards=1, device=device.type)
-    row["plan_bytes"] = plan.total  # also where the memory is not enough
+    row["plan_bytes"] = plan.total  # even if the memory is exceeded
     work = Workload(part.config, batch, 3, part.config.require("max_token_len"), 1, torch.bfloat16, str(device))
     observation = make_observation(work, device, padded=False)
     noise = torch.randn(batch, 1, part.config.require("action_horizon"), part.config.action_dim, device=device)
@@ -333,7 +333,7 @@ def measure_training(part: Part, model: Pi0, state: TrainState, machine: Machine
     data = Batch(observation, noise[:, 0], is_real, noise, torch.rand(batch, 1, device=device), indices=())
     state.optimizer.zero_grad()
     for layer in layers(model):
-        layer.__dict__.pop("forward", None)  # of the row before
+        layer.__dict__.pop("forward", None)  # of the previous row
     checkpoint_activations(model, kind)
     if row["compiled"]:
         compile_layers(model)
@@ -351,7 +351,7 @@ def measure_training(part: Part, model: Pi0, state: TrainState, machine: Machine
 
 
 def launches_part(part: Part) -> Iterator[Row]:
-    """Launches per sampling with three cameras, by operation, from the sizes alone."""
+    """Count the launches per sampling with three cameras by operation, from the sizes alone."""
 
     def work() -> Row:
         sizes = Workload(part.config, 1, 3, 200, NUM_STEPS, torch.bfloat16)
@@ -372,11 +372,11 @@ PARTS: Mapping[str, tuple[float, Callable[[Part], Iterator[Row]]]] = {
     "training": (110, training_part),
     "launches": (10, launches_part),
 }
-"""Shares of the budget, in this order; what a part leaves over goes to those behind it."""
+"""Share of the budget and function of each part, in this order; unused time goes to the following parts."""
 
 
 def run_part(name: str, device: str, config: str, end: float, rows: pathlib.Path) -> None:
-    """Run a part here, and append its rows to a file."""
+    """Run a part in this process, and append its rows to a file."""
     part = Part(torch.device(device), SMALL if config == "small" else bench_config(config), end)
     for row in PARTS[name][1](part):
         print(name, {key: value for key, value in row.items() if not isinstance(value, dict)}, file=sys.stderr)
@@ -389,7 +389,7 @@ def append_row(rows: pathlib.Path, row: Row) -> None:
 
 
 def run_isolated(name: str, device: str, config: str, end: float, rows: pathlib.Path) -> None:
-    """Run a part in a process of its own; a row says so if that does not end by itself, and well."""
+    """Run a part in its own process; append a row if the process fails or exceeds its time."""
     options = {"device": device, "config": config, "part": name, "end": end, "out": rows}
     process = subprocess.Popen([sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())])
     try:
@@ -397,7 +397,7 @@ def run_isolated(name: str, device: str, config: str, end: float, rows: pathlib.
         if status:
             append_row(rows, {"part": name, "check": "process", "error": f"It ended with status {status}."})
     except subprocess.TimeoutExpired:
-        append_row(rows, {"part": name, "check": "the rest", "skipped": "the part's time was over"})
+        append_row(rows, {"part": name, "check": "the rest", "skipped": "the part's time was exceeded"})
     finally:
         process.kill()
         process.wait()
@@ -411,15 +411,15 @@ def main(
     part: str | None = None,
     end: float = 0.0,
 ) -> int:
-    """Run all parts and write OUT.json and OUT.md; these are written anew after each part.
+    """Run all parts and write OUT.json and OUT.md, which are updated after each part.
 
     Args:
-        device: "cuda" or "cpu"; a CPU has no graphs, no Triton kernels and few shapes.
-        config: a preset, mid, small or a JSON file.
-        budget: seconds.
-        out: the files' name without its ending.
-        part: run this part alone and append its rows to OUT, as the script does itself.
-        end: of that part, as a Unix time.
+        device: "cuda" or "cpu"; on a CPU there are no graphs and Triton kernels, and few shapes.
+        config: preset, mid, small or a JSON file.
+        budget: time limit in seconds.
+        out: name of the output files without extension.
+        part: run only this part and append its rows to OUT; used by the script itself.
+        end: deadline of that part as Unix time.
     """
     if part is not None:
         run_part(part, device, config, end, out)

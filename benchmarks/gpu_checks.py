@@ -1,7 +1,7 @@
-"""Checks of `gpu_acceptance.py`: what the tests show without a GPU, run on one.
+"""Checks of `gpu_acceptance.py`: the properties that the tests check without a GPU, checked on one.
 
 Each check is a name and a function that returns a difference and its tolerance. Differences are relative, the largest
-of |a − b| / (|b| + mean |b|); where rounding is judged, they are ratios of mean errors.
+of |a − b| / (|b| + mean |b|); checks of rounding use ratios of mean errors.
 """
 
 import contextlib
@@ -51,11 +51,11 @@ SMALL = Pi0Config(
 )
 RTC: tuple[tuple[str, ...], ...] = ((), ("guidance",), ("action_prefix",), ("guidance", "action_prefix"))
 NUM_STEPS, FLOAT32, ONE_STEP = 4, 1e-3, 2**-7
-"""Euler steps; tolerance of float32 through a whole model; relative distance of neighbouring bfloat16 numbers."""
+"""Euler steps; float32 tolerance for a whole model; relative distance of adjacent bfloat16 numbers."""
 
 
 def difference(got: Any, expected: Any) -> float:
-    """The largest relative difference of tensors, in any structure; NaN if one is not finite."""
+    """Largest relative difference of tensors in any structure; NaN if one is not finite."""
     found = 0.0
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         a, b = a.detach().double().cpu(), b.detach().double().cpu()
@@ -81,7 +81,7 @@ def random_weights(model: Pi0, scale: float = 1.0) -> Pi0:
 
 
 def kernel_checks(device: torch.device, full: bool) -> Iterator[Check]:
-    """Every Triton kernel against its plain twin, in float32 and bfloat16."""
+    """Compare every Triton kernel with its plain reference, in float32 and bfloat16."""
     kernels = triton_kernels()
     for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16):
         for label, name, arguments in _kernel_calls(device, dtype, full):
@@ -94,7 +94,11 @@ def _compare_kernel(
 ) -> tuple[float, float]:
     mine = arguments()
     theirs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, mine)
-    if name in ("geglu", "linear_geglu", "attend"):  # the twin rounds in between, the kernel only its result
+    if name in (
+        "geglu",
+        "linear_geglu",
+        "attend",
+    ):  # the reference rounds intermediate values, the kernel only its result
         theirs = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, theirs)
     got = getattr(kernels, name)(*mine)
     with sdpa_kernel(SDPBackend.MATH):
@@ -112,7 +116,7 @@ def _kernel_calls(
     """Label, operation and arguments at the shapes of π₀.₅ with three cameras, or at small ones."""
     prefix, suffix, width, expert, head = (968, 50, 2048, 1024, 256) if full else (40, 7, 64, 48, 32)
     hidden, vision = (16_384, (3, 256, 1152)) if full else (128, (3, 16, 72))
-    # The two kernels with matmuls are for 16-bit dtypes at full size: in float32 they lack shared memory.
+    # At full size the two kernels with matmuls support only 16-bit dtypes: float32 exceeds the shared memory.
     narrow = full and dtype is torch.float32
     depth, dim = (256, 64) if narrow else (expert, head)
 
@@ -147,7 +151,7 @@ def _kernel_calls(
     yield f"expert, {depth} wide", "linear_geglu", lambda: (
         normal(1, suffix, depth), normal(8 * depth, depth) * depth**-0.5
     )  # fmt: skip
-    # Triton's interpreter does not round to e4m3 as a GPU does.
+    # Triton's interpreter rounds to e4m3 differently from a GPU.
     has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
     yield "SigLIP", "to_fp8", lambda: (normal(*vision), 0.01 if has_fp8 else None)
     heads, slots = f"8 heads of {dim}", prefix + suffix
@@ -162,14 +166,14 @@ def _kernel_calls(
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A small model and what it samples from."""
+    """Small model and its sampling inputs."""
 
     device: torch.device
     model: Pi0
 
     @classmethod
     def make(cls, device: torch.device, dtype: torch.dtype = torch.float32, *, pi05: bool = True) -> "Samples":
-        """A model with random weights, large enough that its actions are of the order of 1."""
+        """Create a model with random weights, large enough for actions of order 1."""
         config = dataclasses.replace(SMALL, pi05=pi05)
         return cls(device, random_weights(Pi0(config, device=device, dtype=dtype), scale=1.0))
 
@@ -187,19 +191,19 @@ class Samples:
         return observation, keywords
 
     def engine(self, mode: str, **settings: Any) -> InferenceEngine:
-        """An engine, on a GPU with the Triton kernels but for "compiled", in float32 too: the model is small."""
+        """Create an engine. On a GPU it uses the Triton kernels (except "compiled"), also in float32: the model is small."""
         if mode != "compiled" and self.device.type == "cuda":
             settings["kernels"] = triton_kernels()
         return InferenceEngine(self.model, mode=mode, **settings)  # type: ignore[arg-type]
 
 
 def engine_checks(device: torch.device, modes: Sequence[str]) -> Iterator[Check]:
-    """The engine against the plain model."""
+    """Compare the engine with the plain model."""
     samples = Samples.make(device)
 
     def same(engine: InferenceEngine, batch: int, rtc: Sequence[str]) -> tuple[float, float]:
         found = 0.0
-        for tokens in (30, 17):  # the second call finds what the first one has left in the static tensors
+        for tokens in (30, 17):  # the second call reuses the static tensors of the first
             observation, keywords = samples.arguments(batch, rtc, tokens=tokens)
             expected = samples.model.sample_actions(observation, **keywords)
             found = max(found, difference(engine.sample_actions(observation, **keywords), expected))
@@ -246,7 +250,7 @@ def _threads(samples: Samples, mode: str) -> tuple[float, float]:
     found: list[list[float]] = [[], []]
     on_gpu = samples.device.type == "cuda"
     if on_gpu:
-        torch.cuda.synchronize()  # the threads' streams do not wait for the tensors made here
+        torch.cuda.synchronize()  # the threads' streams do not wait for tensors created here
 
     def sample(which: int) -> None:
         observation, keywords = calls[which]
@@ -271,12 +275,12 @@ def _eviction(samples: Samples, mode: str) -> tuple[float, float]:
         expected = samples.model.sample_actions(observation, **keywords)
         found.append(difference(engine.sample_actions(observation, **keywords), expected))
     if len(engine.metadata["warm_buckets"]) != 1:
-        raise RuntimeError(f"max_buckets is 1, and {engine.metadata['warm_buckets']} are warm.")
+        raise RuntimeError(f"max_buckets is 1, but {engine.metadata['warm_buckets']} are warm.")
     return max(found), FLOAT32
 
 
 def _background(samples: Samples, mode: str) -> tuple[float, float]:
-    """The plain model samples while the bucket warms up in a thread, then the engine does."""
+    """Check that the plain model samples while the bucket warms up in a thread, and the engine afterwards."""
     engine, found = samples.engine(mode, background=True), []
     observation, keywords = samples.arguments(1)
     expected, end = samples.model.sample_actions(observation, **keywords), time.monotonic() + 60
@@ -290,7 +294,7 @@ def _background(samples: Samples, mode: str) -> tuple[float, float]:
 
 
 def _policy(device: torch.device, mode: str) -> tuple[float, float]:
-    """The embedded policy's chunk, and one that continues it, against the plain model's on the CPU."""
+    """Compare the embedded policy's chunk, and one that continues it, with the plain model's on the CPU."""
     chunks = []
     for where, engine in ((torch.device("cpu"), "eager"), (device, mode)):
         policy = load_policy("demo", device=where, dtype=torch.float32)
@@ -322,7 +326,7 @@ def _fp8(device: torch.device, mode: str) -> tuple[float, float]:
 
 
 def training_checks(device: torch.device) -> Iterator[Check]:
-    """Loss, gradients and updates against the CPU's."""
+    """Compare loss, gradients and updates with the CPU's."""
     for pi05 in (True, False):
         name = "π₀.₅" if pi05 else "π₀"
         here = Samples.make(torch.device("cpu"), pi05=pi05).model
@@ -346,11 +350,11 @@ def _gradients(*models: Pi0) -> tuple[float, float]:
         batch = _batch(model.device)
         loss = model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time)
         loss.mean().backward()
-        # The last backbone layer has weights that nothing reads.
+        # The last backbone layer has unused weights.
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         results.append([loss.detach(), *gradients])
         model.zero_grad()
-    # Elements near 0 are sums that cancel: each gradient is judged by its norm.
+    # Elements near 0 are cancelling sums, so each gradient is compared by its norm.
     ratios = [float((a.cpu() - b).norm() / b.norm().clamp_min(1e-12)) for b, a in zip(*results, strict=True)]
     return max(ratios), FLOAT32
 
@@ -365,7 +369,7 @@ def _updates(*models: Pi0) -> tuple[float, float]:
         losses.append(torch.tensor([update(state, config, [batch], parallel)[0] for _ in range(2)]))
         after.append([parameter.detach().cpu() for parameter in (*model.parameters(), *state.ema.values())])
     count = len(before)
-    # AdamW moves weights whose gradient is rounding alone by a whole step: the mean tells.
+    # AdamW moves weights whose gradient is only rounding noise by a whole step, so the mean is compared.
     moved = sum(float((a - b).abs().sum()) for a, b in zip(after[0][:count], before, strict=True))
     apart = sum(float((a - b).abs().sum()) for a, b in zip(after[1], after[0], strict=True))
     return max(apart / moved, 10 * difference(losses[1], losses[0])), 0.01

@@ -1,8 +1,8 @@
-"""Number of kernels that a GPU is asked to launch for one sampling, counted without a GPU.
+"""Number of kernels that one sampling launches on a GPU, counted without a GPU.
 
-A dispatch mode counts the operations that PyTorch performs: each is one launch, but for views and allocations, which
-are none. A Triton kernel is one launch. So the number is that of a CUDA graph's nodes, or a little less: a GPU needs
-several kernels for a sort, and one for a split matmul's sum. It follows from the sizes alone, on tensors without data.
+A dispatch mode counts PyTorch's operations: each is one launch, except views and allocations, which are none. A Triton
+kernel is one launch. The number is that of a CUDA graph's nodes, or slightly less, because a GPU needs several kernels
+for a sort, and one more for a split matmul's sum. It is computed from the sizes alone, on tensors without data.
 """
 
 import dataclasses
@@ -61,13 +61,13 @@ class LaunchCounter(TorchDispatchMode):
         return out
 
     def kernels(self) -> Kernels:
-        """Stand-ins of the Triton kernels: their plain twins, each counted as one launch."""
+        """Stand-ins for the Triton kernels: their plain references, each counted as one launch."""
 
         def once(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 before = self.counts.copy()
                 out = twin(*args, **kwargs)
-                launches = 0 if out is args[0] else 1  # to_fp8 in front of what is not fp8
+                launches = 0 if out is args[0] else 1  # to_fp8 before a matmul that is not fp8
                 self.counts = before + Counter({f"triton {name}": launches})
                 return out
 
@@ -79,13 +79,13 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def _makes_storage(results: Iterable[Tensor], arguments: Any) -> bool:
-    """True if a result is neither an argument nor a view of one."""
+    """True if the result is neither an argument nor a view of one."""
     known = {leaf.untyped_storage()._cdata for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
     return any(tensor.untyped_storage()._cdata not in known for tensor in results)
 
 
 def _select(args: Any) -> Tensor | None:
-    """Elements that a mask selects from a tensor without data: all of them."""
+    """Masked selection from a tensor without data, which selects all elements."""
     tensor, indices = args
     if not tensor.is_meta or len(indices) != 1 or indices[0].dtype is not torch.bool:
         return None
@@ -95,13 +95,13 @@ def _select(args: Any) -> Tensor | None:
 def count_launches(
     work: Workload, *, engine: bool, guided: bool = False, action_prefix: bool = False, fp8: bool = False
 ) -> tuple[int, dict[str, int]]:
-    """Launches of one sampling of a workload and their number by operation, the largest first.
+    """Count the launches of one sampling, in total and by operation, the largest first.
 
     Args:
-        engine: an engine with Triton kernels, whose bucket is warm; otherwise the plain model, eagerly.
-        guided: with guidance by a previous chunk.
-        action_prefix: behind known actions.
-        fp8: of an fp8 model on Hopper or Blackwell's data center GPUs, whose matmul has a scale per output.
+        engine: use an engine with Triton kernels and a warm bucket, otherwise the plain model.
+        guided: guide by a previous chunk.
+        action_prefix: condition on an action prefix.
+        fp8: use an fp8 model on Hopper or Blackwell data center GPUs, whose matmul has a scale per output.
     """
     counter = LaunchCounter("meta")
     shape = (work.batch, work.config.require("action_horizon"), work.config.action_dim)
@@ -122,7 +122,7 @@ def count_launches(
         }
         sampler = InferenceEngine(model, mode="eager", kernels=counter.kernels()) if engine else model
         with counter:
-            for _ in range(2):  # the first one computes what depends on the weights alone
+            for _ in range(2):  # the first one computes values that depend only on the weights
                 counter.counts.clear()
                 sampler.sample_actions(observation, noise=chunk, num_steps=work.num_steps, **rtc)
     return counter.total, dict(counter.counts.most_common())

@@ -16,20 +16,21 @@ TARGET_MS = {
     ("fp8", 3, 200): 8.0,
     ("fp8", 2, 50): 5.5,
 }
-"""Of one sampling on an H200, by mode, cameras and prompt tokens; the floors there are 7.4 and 5.0 ms in bfloat16."""
+"""Target times of one sampling on an H200, by mode, cameras and prompt tokens; the floors are 7.4 and 5.0 ms in
+bfloat16."""
 TARGET_SAMPLES = {32: 30.0}
-"""Samples per second of training on an H200, by batch size."""
+"""Target samples per second of training on an H200, by batch size."""
 TARGET_LAUNCHES = 2000
 Cell = Callable[[Row], str]
 
 
 def is_failure(row: Row) -> bool:
-    """True for an error, or a check that did not pass."""
+    """True for an error or a failed check."""
     return "error" in row or row.get("passed") is False
 
 
 def write_report(document: Mapping[str, Any], out: pathlib.Path) -> int:
-    """Write OUT.json and OUT.md, and print the latter's summary; the number of failures."""
+    """Write OUT.json and OUT.md, print the summary, and return the number of failures."""
     rows: Sequence[Row] = document["rows"]
     failed = sum(is_failure(row) for row in rows)
     summary = {
@@ -54,7 +55,7 @@ def _lines(document: Mapping[str, Any], rows: Sequence[Row], summary: Mapping[st
     yield ", ".join(f"{count} {name}" for name, count in summary.items()) + "."
     for machine in (row for row in of("sampling") if "flops_per_second" in row):
         rates = machine["flops_per_second"] / 1e12, machine["bytes_per_second"] / 1e12
-        yield f"Measured peak, of which floors and MFU are computed: {rates[0]:.0f} TFLOP/s, {rates[1]:.2f} TB/s."
+        yield f"Measured peak, from which floors and MFU are computed: {rates[0]:.0f} TFLOP/s, {rates[1]:.2f} TB/s."
     yield from ("", "### Checks", "", *_table(_CHECKS, _checks(rows)))
     sampling = [row for row in of("sampling") if "mode" in row]
     yield from ("", "### Sampling", "", *_table(_SAMPLING, sampling))
@@ -68,7 +69,7 @@ def _lines(document: Mapping[str, Any], rows: Sequence[Row], summary: Mapping[st
 
 
 def _checks(rows: Iterable[Row]) -> list[Row]:
-    """Rows of failures and of what was skipped, of all parts."""
+    """Rows of failed and skipped checks of all parts."""
     named = [row for row in rows if is_failure(row) or "skipped" in row or "not_available" in row]
     for kind in ("kernels", "engine", "training checks"):
         passed = [row for row in rows if row["part"] == kind and row.get("passed")]
@@ -81,7 +82,7 @@ def _checks(rows: Iterable[Row]) -> list[Row]:
 
 
 def _table(columns: Mapping[str, Cell], rows: Iterable[Row]) -> Iterator[str]:
-    """Lines of a Markdown table; in a row without figures, the reason stands in the last column."""
+    """Lines of a Markdown table; a row without figures has the reason in the last column."""
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join('---' for _ in columns)} |"
     for row in rows:

@@ -1,8 +1,9 @@
-"""Sampling with guidance towards the chunk that is being executed (real-time chunking), next to plain sampling.
+"""Time of sampling with guidance towards the current chunk (real-time chunking), compared with plain sampling.
 
     python benchmarks/guidance.py mid demo --pairs 7
 
-Each argument is "mid" (47 M parameters) or a preset, with random weights, or a policy, from observation to actions.
+Each argument is "mid" (47 M parameters) or a preset, with random weights, or a policy, timed from observation
+to actions.
 """
 
 import dataclasses
@@ -31,18 +32,18 @@ NUM_STEPS = 10
 
 @dataclasses.dataclass(frozen=True)
 class GuidedTime:
-    """One model on the CPU, batch 1, 10 Euler steps; medians over pairs of a sampling without and one with guidance."""
+    """Times of one model on the CPU, batch 1, 10 Euler steps: medians over pairs of a plain and a guided sampling."""
 
     model: str
     pairs: int
     plain_seconds: float
     guided_seconds: float
     ratio: float
-    """Of the pairs: guided over plain."""
+    """Median over the pairs of guided / plain."""
 
 
 def bench_guided(name: str, *, pairs: int) -> GuidedTime:
-    """Time both in turn, because the speed of a shared machine drifts."""
+    """Time both alternately, because the speed of a shared machine drifts."""
     if pairs < 1:
         raise UsageError(f"pairs is {pairs}; expected a positive number.")
     sample = _sample_model(name) if name in ("mid", *PRESETS) else _sample_policy(name)
@@ -50,7 +51,7 @@ def bench_guided(name: str, *, pairs: int) -> GuidedTime:
     plain, guided = [], []
     for pair in range(-1, pairs):
         times = [timed(lambda guide=guide: sample(guide), cpu) for guide in (False, True)]  # type: ignore[misc]
-        if pair >= 0:  # the one before is the warm-up
+        if pair >= 0:  # pair -1 is the warm-up
             plain.append(times[0])
             guided.append(times[1])
     ratios = [one / other for one, other in zip(guided, plain, strict=True)]
@@ -58,7 +59,7 @@ def bench_guided(name: str, *, pairs: int) -> GuidedTime:
 
 
 def _sample_model(name: str) -> Callable[[bool], None]:
-    """Sampling of a model with random weights: three cameras, 60 prompt tokens."""
+    """Create a sampling function of a model with random weights, three cameras and 60 prompt tokens."""
     config = bench_config(name)
     work = Workload(config, 1, num_cameras=3, prompt_tokens=60, num_steps=NUM_STEPS, dtype=torch.float32)
     model = Pi0(config).eval()
@@ -74,7 +75,7 @@ def _sample_model(name: str) -> Callable[[bool], None]:
 
 
 def _sample_policy(path: str) -> Callable[[bool], None]:
-    """Inference of a policy, conditioned on the second half of a chunk of its own."""
+    """Create an inference function of a policy, guided by the second half of one of its chunks."""
     policy = load_policy(path, device="cpu")
     observation, config = policy.example_observation(), policy.model.config
     horizon = config.require("action_horizon")
@@ -96,7 +97,7 @@ def main(
 
     Args:
         models: mid or a preset, with random weights, or a policy.
-        pairs: of a sampling without and one with guidance.
+        pairs: number of pairs of a plain and a guided sampling.
         as_json: print one JSON document.
     """
     results = [bench_guided(name, pairs=pairs) for name in models]

@@ -1,4 +1,4 @@
-"""Time on the CPU of LIBERO's parts in one process with one thread, and its memory.
+"""CPU time of LIBERO's parts in one process with one thread, and its memory.
 
 python benchmarks/libero_times.py [--suite object] [--task 0]
 """
@@ -19,29 +19,29 @@ STEPS = 20
 
 @dataclasses.dataclass(frozen=True)
 class LiberoTimes:
-    """Seconds of CPU time."""
+    """CPU times in seconds."""
 
     make: float
-    """The environment of a task."""
+    """Creation of a task's environment."""
     reset: float
-    """To the first initial state, with 10 actions of waiting."""
+    """Reset to the first initial state, with 10 waiting actions."""
     first_observation: float
-    """With the context of OpenGL."""
+    """First observation, including the creation of the OpenGL context."""
     observation: float
-    """Both cameras, and the state."""
+    """Observation of both cameras and the state."""
     action: float
-    """Without an observation."""
+    """Action without an observation."""
     episode: float
-    """A failed one, with an observation each 5 actions, without a policy."""
+    """Failed episode with an observation every 5 actions, without a policy."""
     peak_bytes: int
-    """Of the process, without a policy."""
+    """Peak memory of the process, without a policy."""
 
 
 def main(suite: str = "object", task: str = "0") -> None:
     """Print the times as JSON.
 
     Args:
-        suite, task: of LIBERO.
+        suite, task: LIBERO suite and task.
     """
     env, made = environment_name("libero", suite), []
     make = _cpu(lambda: made.append(make_environment(env, task)))

@@ -1,4 +1,4 @@
-"""Time to open a large dataset: 20 000 episodes with two cameras, made here from random numbers and one small video.
+"""Time of opening a large dataset: 20 000 episodes with two cameras, generated from random numbers and a small video.
 
 python benchmarks/opening.py [--episodes 20000] [--length 50] [--files 40] [--version v3.0] [--repeats 3]
 """
@@ -26,21 +26,21 @@ FPS = 30
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """A made-up dataset, and how often it is opened."""
+    """Generated dataset, and the number of timed runs."""
 
     episodes: int = 20_000
-    """Of the dataset; a multiple of files."""
+    """Number of episodes; a multiple of files."""
     length: int = 50
-    """Frames of each."""
+    """Frames per episode."""
     files: int = 40
-    """Data files, and videos of each camera, of format v3.0; v2.1 has one per episode."""
+    """Data files, and videos per camera, in format v3.0; v2.1 has one per episode."""
     version: Literal["v3.0", "v2.1"] = "v3.0"
     """Format of the dataset."""
     repeats: int = 3
-    """Timed runs, whose median counts."""
+    """Timed runs; the median is reported."""
 
     def run(self) -> None:
-        """Print the seconds, and those of CPU, of opening it and of checking its videos."""
+        """Print wall-clock and CPU seconds of opening the dataset and of checking its videos."""
         with tempfile.TemporaryDirectory() as folder:
             root = write_dataset(pathlib.Path(folder) / "set", self)
             rounds = []
@@ -59,7 +59,7 @@ class Opening:
 
 
 def write_dataset(root: pathlib.Path, sizes: Opening) -> pathlib.Path:
-    """Write the dataset; all videos are copies of one."""
+    """Write the dataset; all videos are copies of a single one."""
     (root / "meta").mkdir(parents=True)
     is_v3 = sizes.version == "v3.0"
     files = sizes.files if is_v3 else sizes.episodes
@@ -89,9 +89,9 @@ def write_dataset(root: pathlib.Path, sizes: Opening) -> pathlib.Path:
             target = root / info["video_path"].format(**names, video_key=key)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(video, target)
-        for place, episode in enumerate(episodes.tolist()):
+        for position, episode in enumerate(episodes.tolist()):
             row = {"episode_index": episode, "tasks": ["stand"], "length": sizes.length}
-            start = place * sizes.length / FPS
+            start = position * sizes.length / FPS
             for part in ("data", *(f"videos/{key}" for key in CAMERAS)) if is_v3 else ():
                 row |= {f"{part}/chunk_index": 0, f"{part}/file_index": file}
             row |= {f"videos/{key}/from_timestamp": start for key in CAMERAS} if is_v3 else {}

@@ -1,9 +1,9 @@
-"""Largest differences from the original in JAX: torchpi, openpi's PyTorch port and LeRobot, on the golden models.
+"""Largest differences of torchpi, openpi's PyTorch port and LeRobot from the original in JAX, on the golden models.
 
     python benchmarks/parity.py [docs/parity.png]
 
-torchpi runs here, in float32 on the CPU; what the others returned for the same inputs, noise and weights is recorded in
-tests/golden. Prints a Markdown table, and draws it where a file is given.
+torchpi runs here in float32 on the CPU; the others' results for the same inputs, noise and weights are recorded in
+tests/golden. Prints a Markdown table, and writes a plot if a file is given.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ STAGES = {"loss": "loss", "sample_actions_4": "actions, 4 steps", "sample_action
 PORTS = {"openpi's PyTorch port": "outputs_openpi_pytorch", "LeRobot": "outputs_lerobot"}
 BARS = {"torchpi": COLORS["suffix"], "openpi's PyTorch port": COLORS["prefix"], "LeRobot": COLORS["noise"]}
 TOLERANCE = 2e-5
-"""Of the tests."""
+"""Tolerance of the tests."""
 
 
 def recorded(kind: str, name: str) -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def recorded(kind: str, name: str) -> dict[str, np.ndarray]:
 
 
 def computed(kind: str) -> dict[str, np.ndarray]:
-    """Results of torchpi for the recorded inputs."""
+    """Compute torchpi's results for the recorded inputs."""
     root = GOLDEN / kind
     model = torchpi.load_model(root / "jax_ckpt_pure", config=root / "model_config.json", dtype=torch.float32)
     nested: dict[str, Any] = {"image": {}, "image_mask": {}}
@@ -70,8 +70,8 @@ def draw(figure: "Figure", rows: dict[str, dict[str, float]]) -> None:
 
     axes = figure.subplots()
     height = 0.8 / len(BARS)
-    for place, (name, color) in enumerate(BARS.items()):
-        positions = np.arange(len(rows)) + place * height
+    for i, (name, color) in enumerate(BARS.items()):
+        positions = np.arange(len(rows)) + i * height
         axes.barh(positions, [row[name] for row in rows.values()], height * 0.85, color=color, label=name)
     axes.axvline(TOLERANCE, color=COLORS["ink"], linewidth=0.8, linestyle=":")
     axes.text(TOLERANCE, -0.45, " the tests' tolerance", fontsize=8, va="center")

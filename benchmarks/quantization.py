@@ -1,10 +1,10 @@
-"""Closed-loop success of a policy as it is and quantized: the same episodes and noise, in simulation on the CPU.
+"""Closed-loop success of a policy unquantized and quantized, with the same episodes and noise, simulated on the CPU.
 
     python benchmarks/quantization.py OUT [--episodes 50] [--policy demo] [--dataset D] [--workers N]
 
-fp8 is emulated with the rounding that a GPU's matmuls have, and calibrated on 64 observations of a dataset, by default
-of demonstrations that are recorded into OUT. OUT/results.json has every episode, OUT/results.md the table. Variants
-whose result is in OUT are left alone: delete it to run them again.
+fp8 is emulated with the rounding of a GPU's matmuls, and calibrated on 64 observations of a dataset, by default of
+demonstrations recorded in OUT. OUT/results.json has every episode, OUT/results.md the table. Variants with a result in
+OUT are not run again; delete the result to repeat them.
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ class Study:
     out: tyro.conf.Positional[pathlib.Path]
     """Folder of the quantized policies and the results."""
     policy: str = "demo"
-    """The policy, which states the tasks that it was trained on."""
+    """Policy, which states its training tasks."""
     env: str = "metaworld"
-    """The simulator."""
+    """Simulator."""
     episodes: int = 50
-    """Per task."""
+    """Episodes per task."""
     seed: int = 0
-    """Of the episodes, their noise and the calibration."""
+    """Seed of the episodes, their noise and the calibration."""
     dataset: str | None = None
     """LeRobot dataset to calibrate fp8 on; by default demonstrations are recorded."""
     workers: int | None = None
-    """Processes; by default one per core."""
+    """Number of processes; by default one per core."""
 
 
 def main(study: Study) -> None:
@@ -68,7 +68,7 @@ def main(study: Study) -> None:
 
 
 def prepared(study: Study, variant: str) -> str | pathlib.Path:
-    """The policy of a variant."""
+    """Return a variant's policy; quantize it if needed."""
     if variant == "plain":
         return study.policy
     folder = study.out / f"policy_{variant}"
@@ -79,7 +79,7 @@ def prepared(study: Study, variant: str) -> str | pathlib.Path:
 
 
 def demonstrations(study: Study) -> str | pathlib.Path:
-    """The dataset of the calibration."""
+    """Return the calibration dataset; record it if needed."""
     if study.dataset is not None:
         return study.dataset
     path = study.out / "demonstrations"
@@ -90,7 +90,7 @@ def demonstrations(study: Study) -> str | pathlib.Path:
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """Success with Wilson's 95 % intervals, by task and over all; and the episodes in which a variant differs."""
+    """Markdown table of success rates with Wilson's 95 % intervals, and of episodes in which a variant differs."""
     plain = results["plain"]
     lines = [f"| task | {' | '.join(results)} |", f"| --- |{' --- |' * len(results)}"]
     for task in plain["tasks"]:
@@ -98,18 +98,18 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {task} | {' | '.join(rates)} |")
     lines.append(f"| all | {' | '.join(map(rate, results.values()))} |")
     gained = {name: changed(result, plain) for name, result in results.items()}
-    lines.append(f"| succeeds where plain fails, and fails where it succeeds | {' | '.join(gained.values())} |")
+    lines.append(f"| episodes that only this variant solves, that only plain solves | {' | '.join(gained.values())} |")
     return "\n".join(lines) + "\n"
 
 
 def rate(result: dict[str, Any]) -> str:
-    """A success rate with its interval, in percent."""
+    """Success rate with its interval, in percent."""
     low, high = result["interval"]
     return f"{result['success_rate']:.0%} ({low:.0%} to {high:.0%})"
 
 
 def changed(result: dict[str, Any], plain: dict[str, Any]) -> str:
-    """Numbers of episodes that only this variant solves, and that only the plain one does."""
+    """Numbers of episodes that only this variant solves, and that only the unquantized policy solves."""
     pairs = [
         (one["success"], other["success"]) for one, other in zip(result["episodes"], plain["episodes"], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Rates of recording and evaluating in simulation on this machine: rendering, demonstrations, chunks, closed loop.
+"""Rates of rendering, demonstrations, chunks and closed loop in simulation on this machine.
 
 python benchmarks/simulation.py [--policy demo] [--env metaworld] [--task drawer-open] [--repeats 5] [--as-json]
 """
@@ -21,20 +21,20 @@ from torchpi.sim.rollout import Rollout, episode_noise, run_episode
 
 @dataclasses.dataclass(frozen=True)
 class SimulationResult:
-    """Medians over the repeats; one process, one thread."""
+    """Medians over the repeats, in one process with one thread."""
 
     frames_per_second: float
-    """Rendered, each camera's image counted."""
+    """Rendered images per second, over all cameras."""
     expert_episode_seconds: float
-    """One demonstration with both cameras rendered at every step, without writing it."""
+    """Duration of a demonstration with both cameras rendered at every step, without writing it."""
     chunk_ms: float
-    """One observation to one action chunk."""
+    """Milliseconds from an observation to its chunk."""
     steps_per_second: float
-    """Closed loop: rendering and policy once per chunk, and the simulation."""
+    """Closed-loop rate: simulation, with rendering and policy once per chunk."""
 
 
 def bench_simulation(policy: str, env: str, task: str, *, repeats: int) -> SimulationResult:
-    """Measure on one thread, as the worker processes of `record` and `evaluate` run."""
+    """Measure with one thread, like the worker processes of `record` and `evaluate`."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     environment, loaded = make_environment(env, task), load_policy(policy, device="cpu")

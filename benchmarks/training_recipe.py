@@ -1,18 +1,18 @@
-"""Effect of the recipe's parts: closed-loop success of trainings that leave them out, with several seeds each.
+"""Effect of the recipe's parts: closed-loop success of trainings without them, with several seeds each.
 
     python benchmarks/training_recipe.py DATASET OUT [--init POLICY] [--select EPISODES] [--tasks A,B]
         [--lr 1e-3] [--steps 600] [--seeds 0,1,2] [--episodes 20]
 
 Variants: ours; weights, moments and updates in pure bfloat16 (as in PyTorch ports) instead of float32 master weights,
-EMA weights in float32; no EMA weights; one augmentation for a whole batch; and all three together.
-Everything else is the recipe metaworld.
+with EMA weights in float32; no EMA weights; one augmentation for a whole batch; and all three together. Everything else
+follows the recipe metaworld.
 
-Each run has a folder in OUT with its result.json; those that are there are left alone, so that several processes may
-share the work (delete what was interrupted). OUT/results.json and results.png have all that are done.
+Each run has a folder in OUT with its result.json. Existing folders are skipped, so that several processes can share the
+work (delete interrupted ones). OUT/results.json and results.png contain all finished runs.
 
-The loss by bfloat16 depends on the size of an update relative to that of a weight. The published models are fine-tuned
-with a peak of 2.5e-5 and have weights of about 2048^-0.5: with the 128 columns of the small model 1e-4 is the same
-share.
+The effect of bfloat16 depends on the size of an update relative to a weight. The published models are fine-tuned with a
+peak learning rate of 2.5e-5 and have weights of about 2048^-0.5; for the small model's 128 columns, 1e-4 is the same
+ratio.
 """
 
 import argparse
@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 def recipe(variant: str, seed: int, arguments: argparse.Namespace) -> TrainConfig:
-    """The recipe metaworld with the study's steps, and without EMA weights where the variant has none."""
+    """Recipe metaworld with the study's steps, and without EMA weights if the variant has none."""
     base = TrainConfig.from_json("metaworld")
     return base.replace(
         dataset=arguments.dataset,
@@ -70,7 +70,7 @@ def recipe(variant: str, seed: int, arguments: argparse.Namespace) -> TrainConfi
 
 
 def train(variant: str, config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
-    """Train a variant; its policy."""
+    """Train a variant and return its policy."""
     with contextlib.ExitStack() as stack:
         if "one augmentation" in VARIANTS[variant]:
             stack.enter_context(mock.patch.object(Samples, "collate", _one_augmentation(Samples.collate)))
@@ -84,7 +84,7 @@ def train(variant: str, config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
 
 
 def _one_augmentation(collate: Callable[..., Any]) -> Callable[..., Any]:
-    """`Samples.collate` that gives every sample of a batch the first one's augmentation, camera by camera."""
+    """Wrap `Samples.collate` so that every sample of a batch gets the first one's augmentation, camera by camera."""
 
     def one(self: Samples, samples: Sequence[dict[str, Any]]) -> Any:
         return collate(self, [{**sample, "augmentation": samples[0]["augmentation"]} for sample in samples])
@@ -93,7 +93,7 @@ def _one_augmentation(collate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bfloat16_state(create: Callable[..., TrainState]) -> Callable[..., TrainState]:
-    """`TrainState.create` with weights and moments in bfloat16, and EMA weights in float32."""
+    """Wrap `TrainState.create` to use weights and moments in bfloat16, and EMA weights in float32."""
 
     def create_bfloat16(model: Pi0, **options: Any) -> TrainState:
         state = create(model.to(torch.bfloat16), **options)
@@ -111,20 +111,20 @@ def _update_float32_ema(update: Callable[..., None]) -> Callable[..., None]:
 
 
 def holdout_loss(run: pathlib.Path) -> float:
-    """The run's latest held-out loss."""
+    """Latest held-out loss of a run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return float([line["holdout_loss"] for line in lines if "holdout_loss" in line][-1])
 
 
 def runs(seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Seed by seed, so that a comparison that is stopped has all variants."""
+    """Order the runs by seed, so that an interrupted comparison has all variants."""
     for seed in seeds:
         for variant in VARIANTS:
             yield seed, variant
 
 
 def plot(results: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
-    """Draw a point per run, and a bar for the mean of a variant's runs with its interval."""
+    """Plot a point per run, and a bar with interval for the mean of each variant's runs."""
     save_figure(draw_figure(lambda figure: _draw(figure, results), size=(8.0, 3.2)), out)
 
 
@@ -143,18 +143,18 @@ def _draw(figure: "Figure", results: Sequence[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(VARIANTS)), list(VARIANTS))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("success; line: 95 % interval over all episodes, points: single trainings")
+    axes.set_xlabel("success rate; line: 95 % interval over all episodes, points: single trainings")
 
 
 def main() -> None:
-    """Run what is missing, and print the table."""
+    """Run the missing trainings and evaluations, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--init", help="the policy that all begin with; its statistics are kept")
-    parser.add_argument("--select", help="the dataset's episodes, as of torchpi train's --select")
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help="that are evaluated; by default all")
-    parser.add_argument("--lr", type=float, default=1e-3, help="the peak; a tenth of it in the end")
+    parser.add_argument("--init", help="initial policy of all trainings, whose statistics are kept")
+    parser.add_argument("--select", help="episodes of the dataset, as in torchpi train --select")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="tasks to evaluate; by default all")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate; ends at a tenth of it")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=20)

@@ -123,7 +123,7 @@ def test_rtc_trained_runs_only_up_to_the_trained_delay(policy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": ["fast"]}, "There is no mode fast; there are sync, async"),
+        ({"modes": ["fast"]}, "Unknown mode fast; expected sync, async"),
         ({"delays": [-1]}, "Expected delays of 0 or more"),
         ({"delays": []}, "got none"),
         ({"episodes": 0}, "at least one episode"),

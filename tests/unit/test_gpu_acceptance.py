@@ -106,7 +106,7 @@ def test_part_in_a_process_of_its_own_is_stopped_at_its_end(tmp_path, monkeypatc
     monkeypatch.setattr(gpu_acceptance, "GRACE", 0.01)
     gpu_acceptance.run_isolated("training checks", "cpu", "small", time.time(), rows)
     last = json.loads(rows.read_text().splitlines()[-1])
-    assert last == {"part": "training checks", "check": "the rest", "skipped": "the part's time was over"}
+    assert last == {"part": "training checks", "check": "the rest", "skipped": "the part's time was exceeded"}
     # An error of the script itself.
     gpu_acceptance.run_isolated("no such part", "cpu", "small", time.time() + 60, rows)
     assert "ended with status" in json.loads(rows.read_text().splitlines()[-1])["error"]

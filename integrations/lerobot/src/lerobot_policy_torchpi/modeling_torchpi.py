@@ -163,5 +163,6 @@ def _require_same_source(saved: Any, config: Any, path: Any) -> None:
         if before != now:
             raise PluginError(
                 f"{path} was saved with {name} {before!r}, but {now!r} is requested; a saved policy can't be changed. "
-                f"To create another one from it: --policy.type=torchpi --policy.checkpoint={path} --policy.{name}={now}."
+                "To create another one from it: "
+                f"--policy.type=torchpi --policy.checkpoint={path} --policy.{name}={now}."
             )
