@@ -1,8 +1,8 @@
-"""LIBERO as openpi's client drives it, and the observations that it makes, written from its rules; run as a program.
+"""LIBERO driven as by openpi's client, with its observations, implemented independently; run as a program.
 
     python libero_client.py SUITE TASK EPISODE ACTIONS.npy OUT.npz
 
-It is a process of its own because robosuite expects to be the only one that renders.
+It runs in its own process, because robosuite expects to be the only renderer.
 """
 
 import math
@@ -14,31 +14,31 @@ import numpy as np
 
 
 def axis_angle(quaternion):
-    """The angle from acos of w as it is, so that it goes on beyond π."""
+    """Axis angle from acos(w), which exceeds π for negative w."""
     x, y, z, w = map(float, quaternion)
     w = max(-1.0, min(1.0, w))
     angle, sine = 2 * math.acos(w), math.sqrt(1 - w**2)
     return [0.0, 0.0, 0.0] if sine == 0 else [value * angle / sine for value in (x, y, z)]
 
 
-def observation(seen):
+def observation(raw):
     from openpi_client.image_tools import resize_with_pad
 
-    state = [*seen["robot0_eef_pos"], *axis_angle(seen["robot0_eef_quat"]), *seen["robot0_gripper_qpos"]]
+    state = [*raw["robot0_eef_pos"], *axis_angle(raw["robot0_eef_quat"]), *raw["robot0_gripper_qpos"]]
     images = {"image": "agentview_image", "wrist_image": "robot0_eye_in_hand_image"}
     return {
-        **{f"observation/{key}": resize_with_pad(np.rot90(seen[name], 2), 224, 224) for key, name in images.items()},
+        **{f"observation/{key}": resize_with_pad(np.rot90(raw[name], 2), 224, 224) for key, name in images.items()},
         "observation/state": np.array(state),
-        "quaternion": seen["robot0_eef_quat"],
+        "quaternion": raw["robot0_eef_quat"],
     }
 
 
 def assert_observes(environment, actions, expected):
-    """An environment of ours, at its beginning, shows all that a client saw before and after each action."""
+    """Check an environment that was just reset: its observations equal the client's, before and after each action."""
     for step in range(len(actions) + 1):
-        seen = environment.observe()
-        assert seen.pop("prompt") == environment.instruction
-        for key, value in seen.items():
+        actual = environment.observe()
+        assert actual.pop("prompt") == environment.instruction
+        for key, value in actual.items():
             np.testing.assert_allclose(value, expected[key][step], rtol=0, atol=1e-12, err_msg=key)
         if step < len(actions):
             assert environment.step(actions[step]) == expected["done"][step]
@@ -57,11 +57,11 @@ def main(suite, task, episode, actions, out):
         env.reset()
     env.set_init_state(tasks.get_task_init_states(int(task))[int(episode)])
     for _ in range(10):
-        seen, _, _, _ = env.step([0, 0, 0, 0, 0, 0, -1])
-    observations, done = [observation(seen)], []
+        raw, _, _, _ = env.step([0, 0, 0, 0, 0, 0, -1])
+    observations, done = [observation(raw)], []
     for action in np.load(actions):
-        seen, _, success, _ = env.step(action.tolist())
-        observations.append(observation(seen))
+        raw, _, success, _ = env.step(action.tolist())
+        observations.append(observation(raw))
         done.append(success)
     arrays = {key: np.stack([each[key] for each in observations]) for key in observations[0]}
     np.savez(out, **arrays, done=done, prompt=tasks.get_task(int(task)).language)

@@ -1,4 +1,4 @@
-"""Small datasets whose images or videos are exactly these."""
+"""Small datasets with given images or videos."""
 
 import io
 import json
@@ -18,14 +18,14 @@ HEIGHT, WIDTH = 32, 48
 
 
 def some_depth(height=HEIGHT, width=WIDTH):
-    """Depth in mm that differs from pixel to pixel, with pixels that were not measured."""
+    """Depth in mm with different values, and zeros for missing measurements."""
     depth = (np.arange(height * width).reshape(height, width) % 3000 + 200).astype(np.uint16)
     depth[:4, :5] = 0
     return depth
 
 
 def some_picture(height=HEIGHT, width=WIDTH):
-    """Dark, with a bright patch at the top left and a green one at the top right."""
+    """A dark image with a bright patch at the top left and a green one at the top right."""
     picture = np.full((height, width, 3), 20, np.uint8)
     picture[:8, :16] = 230
     picture[:8, -8:, 1] = 200
@@ -39,7 +39,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def tiff(array, *, order="<"):
-    """A TIFF of one channel, as other programs write what Pillow doesn't."""
+    """A TIFF of one channel, also in formats that Pillow can read but not write."""
     form = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
     data = array.astype(array.dtype.newbyteorder(order)).tobytes()
     height, width = array.shape
@@ -51,7 +51,7 @@ def tiff(array, *, order="<"):
 
 
 def write_set(path, *, images=None, video=None, info=None, camera="front"):
-    """Two frames of a camera, "front" or another, with these files as images, or this one as the video."""
+    """Write a dataset of two frames whose camera has the given encoded images, or the given encoded video."""
     with LeRobotWriter(
         path, fps=10, cameras={camera: (HEIGHT, WIDTH, 3)}, state_names=["a"], action_names=["a"], video=bool(video)
     ) as writer:
@@ -77,7 +77,7 @@ def write_set(path, *, images=None, video=None, info=None, camera="front"):
 
 
 def encoded_video(planes, pix_fmt):
-    """A lossless video of first planes [h, w]; of other planes, in the middle of their range."""
+    """A lossless video with the given first planes [h, w]; all other planes have the middle of their range."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=10)
@@ -97,7 +97,7 @@ def encoded_video(planes, pix_fmt):
 
 
 def turned_video(picture, matrix):
-    """Two frames of a picture in an .mp4 file whose track header has the transformation ((a, b), (c, d))."""
+    """An .mp4 of two equal frames whose track header has the transformation ((a, b), (c, d))."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=10, options={"qp": "0"})
@@ -107,7 +107,7 @@ def turned_video(picture, matrix):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     data = bytearray(buffer.getvalue())
-    place = data.index(b"tkhd") + 44  # behind version, times, duration, layer and volume
+    start = data.index(b"tkhd") + 44  # after version, times, duration, layer and volume
     (a, b), (c, d) = (np.asarray(matrix) * 2**16).astype(int).tolist()
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     return bytes(data)

@@ -1,8 +1,8 @@
-"""robosuite as its own programs drive it, in the observations of openpi's client for LIBERO; run as a program.
+"""robosuite driven as by its own programs, with the observations of openpi's client for LIBERO; run as a program.
 
     python robosuite_client.py TASK SEED ACTIONS.npy OUT.npz
 
-It is a process of its own because robosuite expects to be the only one that renders.
+It runs in its own process, because robosuite expects to be the only renderer.
 """
 
 import os

@@ -22,7 +22,7 @@ HORIZON = 16
 
 @functools.cache
 def _opengl_error() -> str:
-    """The reason that nothing can be rendered here; tried in a separate process, because MuJoCo decides once."""
+    """Reason why nothing can be rendered; tried in another process, because MuJoCo chooses its backend only once."""
     program = "from torchpi.sim import make_environment as m; e = m('metaworld', 'reach'); e.reset(0); e.observe()"
     done = python("-c", program)
     return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
@@ -36,10 +36,10 @@ def require_simulator(package: str = "metaworld") -> None:
 
 
 def random_policy(embodiment: Embodiment | None = None, **config) -> Policy:
-    """A tiny π₀.₅ whose random weights depend on what it sees and is told."""
+    """A tiny π₀.₅ with random weights, large enough that its actions depend on images and prompt."""
     sizes = {"depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
     embodiment = embodiment or metaworld()
-    given = {
+    defaults = {
         "pi05": True,
         "paligemma_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
         "action_expert_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
@@ -51,7 +51,7 @@ def random_policy(embodiment: Embodiment | None = None, **config) -> Policy:
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torchpi.Pi0(Pi0Config(**given | config))
+        model = torchpi.Pi0(Pi0Config(**defaults | config))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     stats = {
@@ -69,7 +69,7 @@ def random_policy(embodiment: Embodiment | None = None, **config) -> Policy:
 
 
 class Corridor:
-    """An environment without a simulator, with Meta-World's robot: the hand has to come as far as the seed says."""
+    """A fake environment with Meta-World's robot: the hand must move a distance that depends on the seed."""
 
     def __init__(self, task="short", *, image_size=16, step_limit=40):
         self.task, self.instruction, self.embodiment = task, CORRIDORS[task], metaworld()
@@ -109,15 +109,15 @@ CORRIDORS = {"short": "go a short way", "long": "go a long way"}
 
 @pytest.fixture
 def corridor(monkeypatch):
-    """`Corridor` as the environment "corridor" of this process; what it yields lists those that are made."""
+    """Register `Corridor` as the environment "corridor"; the fixture is the list of instances."""
     made = []
 
     def make(task, *, image_size):
         made.append(Corridor(task, image_size=image_size))
         return made[-1]
 
-    place = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, expert_tasks=tuple(CORRIDORS), package="numpy")
-    monkeypatch.setitem(sim._SIMULATORS, "corridor", place)
+    description = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, expert_tasks=tuple(CORRIDORS), package="numpy")
+    monkeypatch.setitem(sim._SIMULATORS, "corridor", description)
     return made
 
 
@@ -126,7 +126,7 @@ def _unit_stats(size: int) -> NormStats:
 
 
 def python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, with torchpi and the tests' modules."""
+    """Run Python in another process, with torchpi and the tests' modules on its path."""
     paths = f"{ROOT / 'src'}{os.pathsep}{pathlib.Path(__file__).parent}"
     command = [sys.executable, *map(str, arguments)]
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}

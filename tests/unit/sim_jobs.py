@@ -1,4 +1,4 @@
-"""Jobs for the tests of worker processes, which import this module; it brings nothing heavy."""
+"""Jobs for the tests of worker processes, which import this module; it imports nothing heavy."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import time
 
 
 class Work:
-    """Does what a job asks for, and says where and when."""
+    """Runs a job; returns the process, its thread setting and the start time."""
 
     def __init__(self, closed=None):
         self.closed = closed
@@ -37,5 +37,5 @@ class Work:
             self.closed.append(True)
 
 
-def no_work():
+def failing_setup():
     raise FileNotFoundError("There is no policy")

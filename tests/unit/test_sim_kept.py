@@ -1,4 +1,4 @@
-"""Evaluations that keep their episodes in a folder: an interrupted one goes on, and equals one that was not."""
+"""Evaluations that save their outcomes in a folder, and can be resumed."""
 
 import contextlib
 import json
@@ -24,8 +24,8 @@ def policy():
     return random_policy()
 
 
-class Fails:
-    """A policy that fails at one request, as a server that ends; remembers its chunks."""
+class RecordedChunks:
+    """Records a policy's chunks, and can let one request fail as if a server had ended."""
 
     def __init__(self, monkeypatch, policy, at=None, error=None):
         self.chunks, infer = [], policy.infer
@@ -47,12 +47,12 @@ def run(policy, out, **options):
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Is the server running?"), KeyboardInterrupt()])
-def test_an_interrupted_evaluation_goes_on_and_is_the_same_to_the_bit(corridor, monkeypatch, tmp_path, error):  # noqa: F811
+def test_resumed_evaluation_equals_an_uninterrupted_one(corridor, monkeypatch, tmp_path, error):  # noqa: F811
     with monkeypatch.context() as context:
-        whole = Fails(context, (policy := random_policy()))
+        uninterrupted = RecordedChunks(context, (policy := random_policy()))
         expected = run(policy, None)
     with monkeypatch.context() as context:
-        begun = Fails(context, (policy := random_policy()), at=4, error=error)
+        interrupted = RecordedChunks(context, (policy := random_policy()), at=4, error=error)
         with pytest.raises((OSError, KeyboardInterrupt)) as caught:
             run(policy, tmp_path)
     kept = len(list((tmp_path / "episodes").iterdir()))
@@ -60,22 +60,22 @@ def test_an_interrupted_evaluation_goes_on_and_is_the_same_to_the_bit(corridor, 
     message = f"{kept} of 6 episodes are in {tmp_path}; run the same command to continue."
     assert str(caught.value).endswith(message if isinstance(error, KeyboardInterrupt) else f"running? {message}")
     with monkeypatch.context() as context:
-        rest = Fails(context, (policy := random_policy()))
+        resumed = RecordedChunks(context, (policy := random_policy()))
         result = run(policy, tmp_path)
     assert (result.episodes, result.tasks, result.interval) == (expected.episodes, expected.tasks, expected.interval)
     done = sum(episode.num_chunks for episode in expected.episodes[:kept])
-    np.testing.assert_array_equal([*begun.chunks[:done], *rest.chunks], whole.chunks)
+    np.testing.assert_array_equal([*interrupted.chunks[:done], *resumed.chunks], uninterrupted.chunks)
     with monkeypatch.context() as context:
-        nothing = Fails(context, (policy := random_policy()), at=0)
+        finished = RecordedChunks(context, (policy := random_policy()), at=0)
         assert run(policy, tmp_path).episodes == expected.episodes
-    assert nothing.chunks == []
+    assert finished.chunks == []
 
 
-def test_more_episodes_and_other_tasks_are_added(corridor, policy, tmp_path):  # noqa: F811
+def test_resumed_evaluation_adds_episodes_and_tasks(corridor, policy, tmp_path):  # noqa: F811
     expected = run(policy, None, episodes=3)
     run(policy, tmp_path, episodes=1, tasks=["long"])
     (kept,) = (tmp_path / "episodes").iterdir()
-    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 1e6}))  # another machine, or many processes
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 1e6}))  # as from another machine
     result = run(policy, tmp_path, episodes=3)
     assert result.episodes == expected.episodes
     assert result.steps_per_second > 1
@@ -89,13 +89,13 @@ def test_more_episodes_and_other_tasks_are_added(corridor, policy, tmp_path):  #
         ({"instructions": {"long": "run"}}, r"instructions \{\}, now \{'long': 'run'\}"),
     ],
 )
-def test_episodes_of_other_settings_are_not_mixed(corridor, policy, tmp_path, changes, message):  # noqa: F811
+def test_other_settings_are_refused(corridor, policy, tmp_path, changes, message):  # noqa: F811
     run(policy, tmp_path, episodes=1)
     with pytest.raises(ValueError, match=f"{message}: they would be mixed. Choose another folder with --out"):
         run(policy, tmp_path, **changes)
 
 
-def test_episodes_of_another_policy_are_not_mixed(corridor, policy, tmp_path):  # noqa: F811
+def test_other_policy_is_refused(corridor, policy, tmp_path):  # noqa: F811
     run(policy, tmp_path, episodes=1)
     policy.default_prompt = "go"
     with pytest.raises(ValueError, match="an evaluation with policy"):
@@ -107,7 +107,7 @@ def test_episodes_of_another_policy_are_not_mixed(corridor, policy, tmp_path):  
         run(other, tmp_path)
 
 
-def test_a_served_policy_stays_the_same_while_its_engine_warms_up():
+def test_served_fingerprint_ignores_the_engines_warm_up():
     served = RemotePolicy.__new__(RemotePolicy)
     served.metadata = {"embodiment": "so101", "engine": {"mode": "graph", "warm_buckets": []}}
     before = fingerprint(served)
@@ -117,7 +117,7 @@ def test_a_served_policy_stays_the_same_while_its_engine_warms_up():
     assert fingerprint(served) != before
 
 
-def test_a_served_policy_with_other_weights_is_another_one():
+def test_served_fingerprint_depends_on_the_weights():
     fingerprints = []
     for weight in (0.0, 0.0, 1e-3):
         with torch.no_grad():
@@ -128,14 +128,14 @@ def test_a_served_policy_with_other_weights_is_another_one():
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_an_episode_without_its_video_runs_again(corridor, policy, tmp_path):  # noqa: F811
+def test_episode_with_a_missing_video_runs_again(corridor, policy, tmp_path):  # noqa: F811
     first = run(policy, tmp_path, episodes=2)
     again = run(policy, tmp_path, episodes=2, videos=1)
     assert [(e.task, e.index, e.steps) for e in again.episodes] == [(e.task, e.index, e.steps) for e in first.episodes]
     assert [(tmp_path / f"{task}_0.mp4").is_file() for task in ("short", "long")] == [True, True]
 
 
-def test_episodes_without_their_settings_are_not_taken(corridor, policy, tmp_path):  # noqa: F811
+def test_folder_without_settings_is_refused(corridor, policy, tmp_path):  # noqa: F811
     run(policy, tmp_path, episodes=1)
     (tmp_path / "evaluation.json").unlink()
     with pytest.raises(ValueError, match=r"has episodes, but no evaluation\.json with their settings"):
@@ -143,7 +143,7 @@ def test_episodes_without_their_settings_are_not_taken(corridor, policy, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut"])
-def test_an_episode_with_a_damaged_video_runs_again(corridor, policy, tmp_path, damage):  # noqa: F811
+def test_episode_with_a_damaged_video_runs_again(corridor, policy, tmp_path, damage):  # noqa: F811
     run(policy, tmp_path, episodes=1, videos=1)
     whole = (video := tmp_path / "short_0.mp4").read_bytes()
     video.write_bytes(whole[: len(whole) - 100] if damage == "cut" else b"")
@@ -155,7 +155,7 @@ def test_an_episode_with_a_damaged_video_runs_again(corridor, policy, tmp_path, 
     "changes",
     [None, {"steps": 0}, {"steps": -3}, {"seconds": 0.0}, {"chunk_ms": []}, {"chunk_ms": [1.0, float("nan")]}],
 )
-def test_a_damaged_episode_is_an_error_with_its_file(corridor, policy, tmp_path, changes):  # noqa: F811
+def test_damaged_outcome_error_names_its_file(corridor, policy, tmp_path, changes):  # noqa: F811
     first = run(policy, tmp_path, episodes=1)
     whole = json.loads((file := tmp_path / "episodes" / "short_0.json").read_text())
     file.write_text("" if changes is None else json.dumps(whole | changes))
@@ -165,7 +165,7 @@ def test_a_damaged_episode_is_an_error_with_its_file(corridor, policy, tmp_path,
     assert run(policy, tmp_path, episodes=1).episodes == first.episodes
 
 
-def test_a_folder_takes_one_evaluation_at_a_time(corridor, monkeypatch, policy, tmp_path):  # noqa: F811
+def test_folder_is_locked_during_an_evaluation(corridor, monkeypatch, policy, tmp_path):  # noqa: F811
     def second(observation, **options):
         return run(random_policy(), tmp_path)
 
@@ -175,7 +175,7 @@ def test_a_folder_takes_one_evaluation_at_a_time(corridor, monkeypatch, policy, 
     assert len(run(random_policy(), tmp_path).episodes) == 6
 
 
-def test_the_command_keeps_episodes_and_writes_a_page(corridor, tmp_path, capsys):  # noqa: F811
+def test_command_saves_outcomes_and_writes_a_page(corridor, tmp_path, capsys):  # noqa: F811
     arguments = ["eval", "demo", "--env", "corridor", "--episodes", "1", "--max-steps", "2", "--workers", "1"]
     main([*arguments, "--out", str(tmp_path), "--videos", "1", "--json"])
     assert json.loads(capsys.readouterr().out)["success_rate"] == 0

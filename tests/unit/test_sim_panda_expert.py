@@ -1,4 +1,4 @@
-"""The expert of LIBERO and robosuite: its grasps and its control law, without a simulator; its recordings, with one."""
+"""Expert of LIBERO and robosuite: grasps and control law without a simulator, recordings with one."""
 
 import json
 
@@ -23,18 +23,18 @@ def best_of(boxes):
 
 
 def fingers(grasp):
-    """The direction of the fingers' axis."""
+    """Direction of the line between the fingers."""
     return grasp.rotation[:, 0]
 
 
 def test_narrow_object_is_held_at_its_middle_near_the_top():
     grasp = best_of(box((0.1, -0.2, 0.07), (0.04, 0.04, 0.14)))
-    np.testing.assert_allclose(grasp.position, [0.1, -0.2, 0.14 - 0.026], atol=1e-9)  # no deeper than the hand allows
+    np.testing.assert_allclose(grasp.position, [0.1, -0.2, 0.14 - 0.026], atol=1e-9)  # the hand reaches no deeper
     np.testing.assert_allclose(fingers(grasp), [0, 1, 0], atol=1e-9)
     np.testing.assert_allclose(grasp.rotation[:, 2], [0, 0, -1], atol=1e-9)
 
 
-def test_flat_object_is_held_above_what_it_lies_on():
+def test_flat_object_is_held_above_its_support():
     grasp = best_of(box((0, 0, 0.009), (0.04, 0.07, 0.018)))
     assert grasp.position[2] >= 0.012  # the pads would touch the floor and jam
 
@@ -65,14 +65,14 @@ def test_each_retry_goes_deeper():
     assert first.position[2] - second.position[2] == pytest.approx(0.004)
 
 
-def test_neighbours_in_the_way_of_fingers_or_hand_are_counted():
+def test_collisions_of_fingers_and_hand_are_counted():
     grasp = Grasp(np.array([0, 0, 0.1]), yaw=0.0)
-    free, beside, over = (box(center, (0.05,) * 3) for center in ((0.3, 0, 0.1), (0, 0.06, 0.1), (0, 0, 0.17)))
+    free, next_to, above = (box(center, (0.05,) * 3) for center in ((0.3, 0, 0.1), (0, 0.06, 0.1), (0, 0, 0.17)))
     assert grasp.collisions(free, (0, 0.02)) == 0
-    assert grasp.collisions(beside, (0,)) > 0
-    assert grasp.collisions(over, (0,)) > 0
-    turned = Grasp(grasp.position, yaw=np.pi / 2)  # the fingers are along x then
-    assert turned.collisions(beside, (0,)) < grasp.collisions(beside, (0,))
+    assert grasp.collisions(next_to, (0,)) > 0
+    assert grasp.collisions(above, (0,)) > 0
+    turned = Grasp(grasp.position, yaw=np.pi / 2)  # the fingers are then along x
+    assert turned.collisions(next_to, (0,)) < grasp.collisions(next_to, (0,))
 
 
 def test_path_rises_over_boxes_near_it():
@@ -95,14 +95,14 @@ def test_servo_pushes_harder_against_friction():
     assert pushes[-1] == pytest.approx((1.6 * 0.01 + 0.02) / 0.05)  # bounded
 
 
-def test_servo_turns_slowly_and_leaves_small_angles():
+def test_servo_turns_slowly_and_ignores_small_angles():
     servo = Servo()
     np.testing.assert_allclose(servo(np.zeros(3), np.array([0, 0, 1.0]), 1.0, speed=1.0)[3:6], [0, 0, 0.25])
     np.testing.assert_array_equal(servo(np.zeros(3), np.array([0, 0, 0.009]), 1.0, speed=1.0)[3:6], 0)
 
 
 @pytest.mark.parametrize("vector", [(0, 0, 0), (0.3, -0.2, 0.1), (0, 0, 3), (-2, 1, 1)])
-def test_rotation_vector_undoes_a_rotation(vector):
+def test_rotation_vector_inverts_rodrigues_formula(vector):
     vector = np.array(vector, float)
     angle = np.linalg.norm(vector)
     x, y, z = vector / max(angle, 1e-12)
@@ -115,7 +115,7 @@ def test_rotation_vector_undoes_a_rotation(vector):
 
 
 @pytest.mark.slow
-def test_a_recorded_episode_is_its_replay(tmp_path):
+def test_replay_equals_the_recorded_episode(tmp_path):
     require_simulator("libero")
     settings = {"render_every": 8, "image_size": 48, "noise": 0, "progress": False}
     record("libero_object", ["1"], 1, tmp_path / "set", workers=1, **settings)
@@ -123,7 +123,7 @@ def test_a_recorded_episode_is_its_replay(tmp_path):
     document = json.loads((tmp_path / "set" / RECORDING_FILE).read_text(encoding="utf-8"))
     environment = make_environment("libero_object", "1", image_size=48)
     environment.reset(document["episodes"][0]["seed"])
-    assert environment.distance_to_initial_states() > 0.003  # none that policies are evaluated in
+    assert environment.distance_to_initial_states() > 0.003  # not an initial state of the evaluation
     done = []
     for i in range(len(data)):
         frame = data.numbers(i)
@@ -136,13 +136,13 @@ def test_a_recorded_episode_is_its_replay(tmp_path):
         np.testing.assert_array_equal(frame["observation.state"], seen["observation/state"].astype(np.float32))
         done.append(environment.step(frame["action"][0]))
     assert done[-1]
-    assert done.index(True) == len(data) - 26  # then it let go of the object, which stayed
+    assert done.index(True) == len(data) - 26  # afterwards the expert released the object, which stayed in place
     assert seen["observation/state"][6] > 0.035
     environment.close()
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(tmp_path):
+def test_recording_does_not_depend_on_the_number_of_workers(tmp_path):
     require_simulator("libero")
     for workers in (1, 2):
         settings = {"render_every": 16, "image_size": 32, "workers": workers, "progress": False}
@@ -155,7 +155,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_with_another_goal_has_no_expert():
+def test_task_with_another_goal_has_no_expert():
     require_simulator("libero")
     environment = make_environment("libero_goal", "0", image_size=32)
     environment.reset(0)

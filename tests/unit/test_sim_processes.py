@@ -1,4 +1,4 @@
-"""Jobs in parallel processes: results, errors with names, and ends."""
+"""Jobs in parallel processes: results, error messages, and shutdown."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ import time
 
 import pytest
 from process_helpers import interruptible
-from sim_jobs import Work, no_work
+from sim_jobs import Work, failing_setup
 
 from torchpi.sim.processes import default_workers, run_jobs
 
@@ -21,7 +21,7 @@ def run(jobs, *, workers, make_runner=Work, window=None):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_job_is_done_once(workers, monkeypatch):
+def test_each_job_runs_once(workers, monkeypatch):
     monkeypatch.delenv("LP_NUM_THREADS", raising=False)
     results = run(list("abcdefg"), workers=workers, make_runner=functools.partial(Work, []))
     assert {number: result[0] for number, result in results.items()} == dict(enumerate("abcdefg"))
@@ -30,21 +30,21 @@ def test_every_job_is_done_once(workers, monkeypatch):
         assert processes == {os.getpid()}
     else:
         assert os.getpid() not in processes
-        assert {result[2] for result in results.values()} == {"1"}  # of OpenGL's threads
+        assert {result[2] for result in results.values()} == {"1"}  # number of OpenGL's threads
         assert "LP_NUM_THREADS" not in os.environ
 
 
 @pytest.mark.slow
-def test_window_keeps_jobs_near_the_first_unfinished_one(tmp_path):
-    """The first job takes long; the fourth waits for it, although a process is free."""
+def test_window_limits_started_jobs(tmp_path):
+    """The fourth job waits for the slow first one, although a process is free."""
     released = []
 
     def release():
         released.append(time.monotonic())
-        (tmp_path / "go on").touch()
+        (tmp_path / "release").touch()
 
     threading.Timer(3.0, release).start()
-    jobs = [tmp_path / "go on", "b", "c", "d"]
+    jobs = [tmp_path / "release", "b", "c", "d"]
     results = list(run_jobs(Work, jobs, workers=2, label=str, window=3))
     assert [job for job, *_ in results] == jobs
     assert results[3][3] > released[0]
@@ -60,27 +60,27 @@ def test_window_keeps_jobs_near_the_first_unfinished_one(tmp_path):
         (ModuleNotFoundError("no camera"), ModuleNotFoundError),
     ],
 )
-def test_a_users_error_keeps_its_kind_and_gets_the_jobs_name(error, kind):
+def test_user_error_keeps_its_class_and_names_the_job(error, kind):
     with pytest.raises(kind) as caught:
         run([error], workers=1, make_runner=functools.partial(Work, []))
     assert caught.value.args == (f"job {error!r}: no camera",)
 
 
-def test_so_does_one_of_another_process():
+def test_user_error_of_another_process_names_the_job():
     with pytest.raises(KeyError) as caught:
         run([0.0, KeyError("no camera")], workers=2)
     assert caught.value.args == ("job KeyError('no camera'): no camera",)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_mistake_of_ours_comes_with_its_traceback(workers):
+def test_internal_error_includes_its_traceback(workers):
     with pytest.raises(RuntimeError, match=r"(?s)job .*Traceback.*in __call__.*ZeroDivisionError: x"):
         run([0.0, ZeroDivisionError("x")], workers=workers, make_runner=functools.partial(Work, []))
 
 
-def test_failed_setup_is_an_error_of_the_first_job():
+def test_setup_error_names_the_first_job():
     with pytest.raises(FileNotFoundError, match=r"job 0\.0: There is no policy"):
-        run([0.0, 0.0], workers=2, make_runner=no_work)
+        run([0.0, 0.0], workers=2, make_runner=failing_setup)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_failed_setup_is_an_error_of_the_first_job():
         ("exit", r"job 'exit'.*: its process has ended unexpectedly \(exit status 3\)\.$"),
     ],
 )
-def test_a_process_that_is_killed_is_an_error_that_names_its_job(job, message):
+def test_killed_process_error_names_its_job(job, message):
     with pytest.raises(ChildProcessError, match=message):
         run([0.0, job, 0.0], workers=2)
 
 
-def test_single_worker_closes_its_work():
+def test_single_worker_closes_its_runner():
     closed = []
     run([0.0], workers=1, make_runner=functools.partial(Work, closed))
     with pytest.raises(ValueError, match="no camera"):
@@ -103,12 +103,12 @@ def test_single_worker_closes_its_work():
     assert closed == [True, True]
 
 
-def test_several_workers_close_their_work(tmp_path):
+def test_worker_processes_close_their_runners(tmp_path):
     results = run([0.0] * 6, workers=2, make_runner=functools.partial(Work, tmp_path / "closed"))
     assert {str(result[1]) for result in results.values()} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_leaving_early_ends_the_processes():
+def test_closing_the_generator_ends_the_processes():
     jobs = run_jobs(Work, [0.0, 30.0, 30.0], workers=2, label=str)
     _, pid, *_ = next(jobs)
     start = time.monotonic()
@@ -123,7 +123,7 @@ def test_workers_must_be_positive():
         run([0.0], workers=0)
 
 
-def test_default_workers_are_as_many_as_cores_jobs_and_memory_allow():
+def test_default_workers_are_limited_by_cores_jobs_and_memory():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert default_workers(1, bytes_each=1) == 1
     assert default_workers(10_000, bytes_each=1) <= cores
@@ -141,7 +141,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_ends_everything_promptly_and_quietly(tmp_path):
+def test_ctrl_c_ends_processes_promptly_and_quietly(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(INTERRUPTED)
     with interruptible(program) as process:
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_everything_promptly_and_quietly(tmp_path):
         start = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - start < 50  # on a machine that does nothing else: at once
+    assert time.monotonic() - start < 50  # immediately on an idle machine
     assert stderr.count("printed") == 2
     assert stderr.count("Traceback") == 1  # this program's own
     assert stderr.strip().endswith("KeyboardInterrupt")
@@ -159,8 +159,8 @@ def test_ctrl_c_ends_everything_promptly_and_quietly(tmp_path):
             os.kill(pid, 0)
 
 
-def test_processes_started_while_interrupts_are_held_never_see_them(tmp_path):
-    """Also the first process of a program, with which Python starts another one of its own."""
+def test_processes_started_while_interrupts_are_held_ignore_ctrl_c(tmp_path):
+    """Also the first process of a program, with which Python starts its resource tracker."""
     program = tmp_path / "program.py"
     program.write_text(
         """
@@ -186,11 +186,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+def test_processes_end_when_the_parent_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(INTERRUPTED)
     with interruptible(program) as process:
         for _ in range(2):
             assert int(process.stdout.readline())
         process.kill()
-        process.communicate(timeout=50)  # until the last process has closed the pipes; the jobs would take longer
+        process.communicate(timeout=50)  # until the last process has closed its pipes, long before the end of the jobs

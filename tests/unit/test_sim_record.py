@@ -1,4 +1,4 @@
-"""Recording: contents and determinism of the dataset, and its state after an interruption."""
+"""Recording of demonstrations: content and determinism of the dataset, interruptions."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ def recording(path):
 
 
 def frames(path):
-    """All frames of a dataset, one by one."""
+    """All frames of a dataset."""
     data = LeRobotDataset(path, action_horizon=1)
     return [data[i] for i in range(len(data))]
 
@@ -51,15 +51,15 @@ def files(path):
     return {file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def test_dataset_has_the_experts_episodes(corridor, tmp_path):  # noqa: F811
+def test_dataset_contains_the_experts_episodes(corridor, tmp_path):  # noqa: F811
     result = quiet(tmp_path / "set", seed=3, noise=0, command="torchpi sim record")
     seeds = [environment_seed("record", 3, task, index) for task in ("short", "long") for index in range(2)]
     lengths = [5 + seed % 5 + 5 for seed in seeds]
     assert (result.episodes, result.frames, result.failures) == (4, sum(lengths), {"short": 0, "long": 0})
     found = frames(tmp_path / "set")
     assert len(found) == sum(lengths)
-    told = ["go a short way"] * sum(lengths[:2]) + ["go a long way"] * sum(lengths[2:])
-    assert [frame["task"] for frame in found] == told
+    instructions = ["go a short way"] * sum(lengths[:2]) + ["go a long way"] * sum(lengths[2:])
+    assert [frame["task"] for frame in found] == instructions
     np.testing.assert_array_equal([frame["action"][0] for frame in found], [[1, 0, 0, -1]] * len(found))
     positions = np.concatenate([np.arange(length) for length in lengths]) / 10
     np.testing.assert_allclose([frame["observation.state"][0] for frame in found], positions, rtol=1e-6)
@@ -77,7 +77,7 @@ def test_dataset_has_the_experts_episodes(corridor, tmp_path):  # noqa: F811
     assert [made.log[-1] for made in corridor] == ["close", "close"]
 
 
-def test_the_executed_action_is_disturbed_and_the_label_is_not(corridor, tmp_path):  # noqa: F811
+def test_noise_disturbs_execution_and_label_is_the_experts_action(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "set", tasks=["long"], episodes=10, noise=0.4, noisy_fraction=0.3)
     episodes = recording(tmp_path / "set")["episodes"]
     assert [i for i, episode in enumerate(episodes) if episode["noisy"]] == [3, 6, 9]
@@ -88,7 +88,7 @@ def test_the_executed_action_is_disturbed_and_the_label_is_not(corridor, tmp_pat
         position = 10 * np.array([frame["observation.state"][0] for frame in found[start : start + episode["length"]]])
         steps = np.diff(position)
         if episode["noisy"]:
-            assert steps.min() < 0.99  # disturbed, and cut at 1
+            assert steps.min() < 0.99  # disturbed, and clipped to 1
             assert steps.max() < 1.001
         else:
             np.testing.assert_allclose(steps, 1, rtol=1e-5)
@@ -107,14 +107,14 @@ def test_push_disturbs_execution_and_label_is_the_experts_action(corridor, tmp_p
                 pushes.append((step, len(list(run))))
     assert len(pushes) >= 4
     assert len({step for step, _ in pushes}) > 1
-    # The end of its episode may cut one, and what is cut to 1 is not told from the expert's step.
+    # A push may be cut by the end of its episode, and one that is clipped to 1 looks like the expert's step.
     assert 5 <= max(length for _, length in pushes) <= 20
 
 
-def test_disturbance_is_added_in_the_units_of_the_actions(corridor, tmp_path, monkeypatch):  # noqa: F811
-    """The simulator says how large noise and pushes of 1 are; nothing is cut."""
-    place = dataclasses.replace(sim.simulator("corridor"), disturbance=(0.2, 0, 0, 0.5))
-    monkeypatch.setitem(sim._SIMULATORS, "corridor", place)
+def test_disturbance_is_scaled_by_the_simulator(corridor, tmp_path, monkeypatch):  # noqa: F811
+    """Noise and pushes are scaled by `Simulator.disturbance`, and not clipped."""
+    scaled = dataclasses.replace(sim.simulator("corridor"), disturbance=(0.2, 0, 0, 0.5))
+    monkeypatch.setitem(sim._SIMULATORS, "corridor", scaled)
     executed, step = [], Corridor.step
     monkeypatch.setattr(Corridor, "step", lambda self, action: executed.append(action) or step(self, [*action[:3], 0]))
     for push_rate in (0, 1):
@@ -122,12 +122,12 @@ def test_disturbance_is_added_in_the_units_of_the_actions(corridor, tmp_path, mo
         quiet(tmp_path / str(push_rate), ["long"], 30, noise=0.5, noisy_fraction=1, push_rate=push_rate)
         difference = np.array(executed) - [1, 0, 0, -1]
         scale = 0.5 if push_rate == 0 else 1
-        np.testing.assert_allclose(difference.std(axis=0), scale * np.array(place.disturbance), rtol=0.25)
+        np.testing.assert_allclose(difference.std(axis=0), scale * np.array(scaled.disturbance), rtol=0.25)
         assert {frame["action"][0][3] for frame in frames(tmp_path / str(push_rate))} == {-1}
 
 
 @pytest.mark.parametrize(("fraction", "noisy"), [(0, 0), (0.5, 4), (1, 8)])
-def test_a_part_of_each_tasks_episodes_is_noisy(corridor, tmp_path, fraction, noisy):  # noqa: F811
+def test_noisy_fraction_applies_to_each_task(corridor, tmp_path, fraction, noisy):  # noqa: F811
     quiet(tmp_path / "set", episodes=8, noisy_fraction=fraction)
     for task in ("short", "long"):
         episodes = [e for e in recording(tmp_path / "set")["episodes"] if e["task"] == task]
@@ -145,7 +145,7 @@ def test_same_seed_gives_same_dataset(corridor, tmp_path):  # noqa: F811
 
 
 def failing(seeds, monkeypatch):
-    """Let the expert stand still in the episodes of some seeds."""
+    """Let the expert stand still in the episodes with some seeds."""
 
     def expert_action(self):
         return np.array([0 if seeds(self.seed) else 1, 0, 0, -1], np.float32)
@@ -169,20 +169,20 @@ def test_failed_episodes_are_replaced_and_counted(corridor, tmp_path, monkeypatc
     assert not any(episode["seed"] % 6 == 0 for episode in episodes)
 
 
-def test_an_expert_that_fails_too_often_is_an_error(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_expert_failing_too_often_is_an_error(corridor, tmp_path, monkeypatch):  # noqa: F811
     failing(lambda seed: seed % 8 != 0, monkeypatch)
     with pytest.raises(ValueError, match=r"The expert of short failed in \d+ of \d+ episodes; record with less noise"):
         quiet(tmp_path / "set", episodes=10)
 
 
-def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_expert_that_never_succeeds_leaves_no_files(corridor, tmp_path, monkeypatch):  # noqa: F811
     failing(lambda seed: True, monkeypatch)
     with pytest.raises(ValueError, match="episode 0 of short: The expert of short failed in 10 of 10 episodes"):
         quiet(tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
 
-# What a user gets wrong, and what goes wrong
+# Errors and interruptions
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkey
         ({"seed": -1}, ValueError, "The seed is -1"),
     ],
 )
-def test_a_wrong_argument_is_an_error_and_leaves_nothing(corridor, tmp_path, options, error, message):  # noqa: F811
+def test_invalid_argument_is_an_error_and_leaves_no_files(corridor, tmp_path, options, error, message):  # noqa: F811
     with pytest.raises(error, match=message):
         quiet(tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()
 
 
-def test_a_folder_that_is_not_empty_is_an_error_and_stays_as_it_is(corridor, tmp_path):  # noqa: F811
+def test_folder_with_other_content_is_refused_and_unchanged(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "set")
     before = files(tmp_path / "set")
     for other in ({"seed": 5}, {"tasks": ["long", "short"]}, {"video": True}):
@@ -222,7 +222,7 @@ def test_a_folder_that_is_not_empty_is_an_error_and_stays_as_it_is(corridor, tmp
 
 
 @pytest.mark.parametrize("ends", [(1,), (3,), (1, 2), (2, 3)])
-def test_an_interrupted_recording_goes_on_and_equals_an_uninterrupted_one(
+def test_resumed_recording_equals_an_uninterrupted_one(
     corridor,  # noqa: F811
     tmp_path,
     monkeypatch,
@@ -243,7 +243,7 @@ def test_an_interrupted_recording_goes_on_and_equals_an_uninterrupted_one(
             quiet(tmp_path / "set", noisy_fraction=0.5)
     monkeypatch.setattr(LeRobotWriter, "add_episode", add_episode)
     result = quiet(tmp_path / "set", noisy_fraction=0.5)
-    again = quiet(tmp_path / "set", noisy_fraction=0.5)  # nothing is left to do
+    again = quiet(tmp_path / "set", noisy_fraction=0.5)  # all episodes exist
     assert result.episodes == again.episodes == 4
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "set"}
     assert recording(tmp_path / "set") == recording(tmp_path / "whole")
@@ -252,12 +252,12 @@ def test_an_interrupted_recording_goes_on_and_equals_an_uninterrupted_one(
 
 
 class Killed(BaseException):
-    """In place of the end of the process: nothing may be finished."""
+    """Simulates the end of the process, before anything else can be written."""
 
 
 @contextlib.contextmanager
 def killing(monkeypatch, **functions):
-    """Whatever is recorded ends as if killed, in one of these functions."""
+    """Let a recording end as if its process were killed in one of these functions."""
     with monkeypatch.context() as patch:
         patch.setattr(LeRobotWriter, "__exit__", lambda self, *_: self._recording._release())
         for target, function in functions.items():
@@ -267,7 +267,7 @@ def killing(monkeypatch, **functions):
 
 
 def killed(monkeypatch, out, saved, **options):
-    """A recording whose process is killed when it has saved some episodes."""
+    """Record as if the process were killed after saving some episodes."""
     add_frame = LeRobotWriter.add_frame
 
     def dies(self, frame):
@@ -279,7 +279,7 @@ def killed(monkeypatch, out, saved, **options):
         quiet(out, **options)
 
 
-def test_a_killed_recording_goes_on(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_recording_can_be_resumed(corridor, tmp_path, monkeypatch):  # noqa: F811
     quiet(tmp_path / "whole")
     for saved in (0, 1, 0, 1):
         killed(monkeypatch, tmp_path / "set", saved)
@@ -290,7 +290,7 @@ def test_a_killed_recording_goes_on(corridor, tmp_path, monkeypatch):  # noqa: F
     assert len(frames(tmp_path / "set")) == len(frames(tmp_path / "whole"))
 
 
-def test_a_recording_names_all_versions_that_made_it(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_recording_names_all_package_versions_used(corridor, tmp_path, monkeypatch):  # noqa: F811
     out, options = tmp_path / "set", {"tasks": ["short"], "episodes": 2}
     killed(monkeypatch, out, 1, **options)
     document = recording(out)
@@ -300,7 +300,7 @@ def test_a_recording_names_all_versions_that_made_it(corridor, tmp_path, monkeyp
     assert recording(out)["versions"] == document["versions"] | {"mujoco": f"0.1, {present}"}
     before = files(out)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
-    quiet(out, **options)  # nothing is left to record
+    quiet(out, **options)  # all episodes exist
     assert files(out) == before
 
 
@@ -313,7 +313,7 @@ def test_a_recording_names_all_versions_that_made_it(corridor, tmp_path, monkeyp
         ("pathlib.Path.rename", 1),
     ],
 )
-def test_a_recording_killed_while_its_parts_are_joined_has_each_episode_once(
+def test_recording_killed_during_merge_has_each_episode_once(
     corridor,  # noqa: F811
     tmp_path,
     monkeypatch,
@@ -340,7 +340,7 @@ def test_a_recording_killed_while_its_parts_are_joined_has_each_episode_once(
     assert len(frames(out)) == sum(episode["length"] for episode in episodes)
 
 
-def test_the_rest_of_a_recording_that_is_gone_is_not_joined_to_another(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_rest_of_a_missing_recording_is_refused(corridor, tmp_path, monkeypatch):  # noqa: F811
     for _ in range(2):
         killed(monkeypatch, tmp_path / "set", 1)
     shutil.rmtree(tmp_path / "set")
@@ -348,7 +348,7 @@ def test_the_rest_of_a_recording_that_is_gone_is_not_joined_to_another(corridor,
         quiet(tmp_path / "set", seed=1)
 
 
-def test_slow_cameras_repeat_their_images_and_say_so(corridor, tmp_path):  # noqa: F811
+def test_slow_cameras_repeat_and_mark_their_images(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "every", tasks=["long"], noise=0)
     quiet(tmp_path / "set", tasks=["long"], noise=0, render_every=3)
     data = LeRobotDataset(tmp_path / "set", action_horizon=2)
@@ -365,14 +365,14 @@ def test_slow_cameras_repeat_their_images_and_say_so(corridor, tmp_path):  # noq
     assert len(starts) == 2
 
 
-def test_images_that_are_stated_as_repeated_are_no_fault_of_the_camera(corridor, tmp_path):  # noqa: F811
+def test_inspection_accepts_marked_repeated_images(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "set", tasks=["long"], noise=0, render_every=3)
     for camera in inspect_dataset(tmp_path / "set").cameras:
         repeated, looked_at = camera.repeated
         assert (repeated, looked_at > 0) == (0, True)
 
 
-def test_training_begins_at_new_images(corridor, tmp_path):  # noqa: F811
+def test_training_samples_begin_at_new_images(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "set", render_every=4)
     config = TrainConfig(dataset=str(tmp_path / "set"), embodiment="metaworld", batch_size=2, holdout=0.0)
     (source,) = open_data(config, PRESETS["tiny"])
@@ -381,7 +381,7 @@ def test_training_begins_at_new_images(corridor, tmp_path):  # noqa: F811
 
 
 class Later(Corridor):
-    """A corridor that renders later, and in which what was put down may fall."""
+    """A corridor with deferred rendering, in which success may not last."""
 
     falls = False
 
@@ -390,9 +390,9 @@ class Later(Corridor):
 
     def observe_snapshot(self, snapshot, *, images=True):
         now, self.position = self.position, snapshot
-        seen = self.observe() if images else {"state": np.array([self.position, self.goal, 0, 0]) / 10}
+        observation = self.observe() if images else {"state": np.array([self.position, self.goal, 0, 0]) / 10}
         self.position = now
-        return seen
+        return observation
 
     def step(self, action):
         return super().step(action) and not (self.falls and self.position >= self.goal + 3)
@@ -406,12 +406,11 @@ def later(monkeypatch, falls, **fields):
         made[-1].falls = falls
         return made[-1]
 
-    place = dataclasses.replace(sim.simulator("corridor"), make=make, **fields)
-    monkeypatch.setitem(sim._SIMULATORS, "later", place)
+    monkeypatch.setitem(sim._SIMULATORS, "later", dataclasses.replace(sim.simulator("corridor"), make=make, **fields))
     return made
 
 
-def test_images_rendered_later_are_those_of_their_frames(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_deferred_images_equal_immediate_ones(corridor, tmp_path, monkeypatch):  # noqa: F811
     made = later(monkeypatch, falls=False)
     quiet(tmp_path / "now", noise=0.4, render_every=2)
     quiet(tmp_path / "later", noise=0.4, render_every=2, env="later")
@@ -423,7 +422,7 @@ def test_images_rendered_later_are_those_of_their_frames(corridor, tmp_path, mon
     assert rendered == sum(frame["images_are_new"] for frame in frames(tmp_path / "later"))
 
 
-def test_success_that_does_not_last_is_no_demonstration(corridor, tmp_path, monkeypatch):  # noqa: F811
+def test_success_that_does_not_last_is_not_recorded(corridor, tmp_path, monkeypatch):  # noqa: F811
     later(monkeypatch, falls=True, success_lasts=True, tail=6)
     with pytest.raises(ValueError, match="failed in 10 of 10 episodes"):
         quiet(tmp_path / "set", env="later", noise=0)
@@ -444,7 +443,7 @@ def test_success_that_does_not_last_is_no_demonstration(corridor, tmp_path, monk
         (KeyboardInterrupt(), KeyboardInterrupt, "^The 3 episodes that were complete are in "),
     ],
 )
-def test_complete_episodes_stay_when_something_goes_wrong(
+def test_complete_episodes_are_kept_after_an_error(
     corridor,  # noqa: F811
     tmp_path,
     monkeypatch,
@@ -477,7 +476,7 @@ def test_complete_episodes_stay_when_something_goes_wrong(
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(tmp_path):
+def test_dataset_does_not_depend_on_the_number_of_workers(tmp_path):
     require_simulator()
     for workers in (1, 2):
         quiet(tmp_path / str(workers), ["button-press-topdown"], 3, "metaworld", image_size=24, workers=workers)
@@ -496,7 +495,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     environment.close()
 
 
-def test_command_records_and_prints_result(tmp_path, capsys):
+def test_command_records_and_prints_the_result(tmp_path, capsys):
     require_simulator()
     arguments = ["--tasks", "faucet-open", "--episodes", "1", "--image-size", "24", "--workers", "1"]
     main(["sim", "record", "--out", str(tmp_path / "a"), *arguments])
@@ -505,7 +504,7 @@ def test_command_records_and_prints_result(tmp_path, capsys):
     assert "1/1" in captured.err
     main(["sim", "record", "--out", str(tmp_path / "b"), *arguments, "--video", "--json"])
     document = json.loads(capsys.readouterr().out)
-    # What is written down records the same again.
+    # The noted command repeats the recording.
     command = recording(tmp_path / "a")["command"]
     assert command == (
         f"torchpi sim record --out {tmp_path / 'a'} --episodes 1 --tasks faucet-open --env metaworld "
@@ -519,7 +518,7 @@ def test_command_records_and_prints_result(tmp_path, capsys):
     assert len(list(tmp_path.glob("b/**/*.mp4"))) == 2
 
 
-def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(tmp_path, capsys):
+def test_command_prints_one_line_for_an_invalid_argument(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["sim", "record", "--out", str(tmp_path / "set"), "--tasks", "fly", "--episodes", "1"])
     captured = capsys.readouterr()
@@ -530,7 +529,7 @@ def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(tmp_path, caps
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_keeps_the_complete_episodes(tmp_path, workers):
+def test_ctrl_c_keeps_complete_episodes(tmp_path, workers):
     require_simulator()
     out = tmp_path / "set"
     with interruptible(

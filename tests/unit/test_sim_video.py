@@ -1,4 +1,4 @@
-"""Films of episodes: that they are there, how long they are, and what is drawn in them."""
+"""Videos of episodes: files, lengths, and content."""
 
 import av
 import numpy as np
@@ -31,34 +31,34 @@ def frames_of(path):
 
 
 def recorded_episode(path, environment, policy, *, seed=0, **rollout):
-    """Film an episode: its outcome, and the frames before they became video."""
+    """Record an episode; return its outcome, and the frames before encoding."""
     with record_video(path, environment, "go a short way") as callback:
         outcome = run_episode(policy, environment, seed, rollout=Rollout(4, **rollout), callback=callback)
         return outcome, np.stack(list(callback.frames()))
 
 
 def near(image, colour):
-    """Pixels of a colour, roughly: lines have smooth edges, and video is lossy."""
+    """Mask of pixels with roughly this colour: lines have smooth edges, and video is lossy."""
     return np.abs(image.astype(int) - colour).sum(axis=-1) < 60
 
 
-def test_video_has_a_frame_for_every_second_step_and_stays_at_the_last(tmp_path):
+def test_video_has_every_second_step_and_holds_the_last_frame(tmp_path):
     environment = Corridor()
     outcome, drawn = recorded_episode(tmp_path / "new" / "video.mp4", environment, Forward(), seed=2)
     assert outcome.steps == 7
     video = frames_of(tmp_path / "new" / "video.mp4")
     assert video.shape == drawn.shape
     assert np.abs(video.astype(int) - drawn).mean() < 5
-    shown = [0, 2, 4, 6, 7]
+    steps = [0, 2, 4, 6, 7]
     assert EVERY == 2
-    assert len(video) == len(shown) - 1 + FPS
-    assert environment.log.count("render") == len(shown)
+    assert len(video) == len(steps) - 1 + FPS
+    assert environment.log.count("render") == len(steps)
     assert video.shape[1] > VIEW
     assert video.shape[2] > 2 * VIEW
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["video.mp4"]
 
 
-def test_success_and_failure_are_seen(tmp_path):
+def test_success_and_failure_are_drawn(tmp_path):
     for action, colour, other in (((1, 0, 0, 0), SUCCESS, FAILURE), ((0.01, 0, 0, 0), FAILURE, SUCCESS)):
         recorded_episode(tmp_path / "video.mp4", Corridor(), Forward(action))
         video = frames_of(tmp_path / "video.mp4")
@@ -67,14 +67,14 @@ def test_success_and_failure_are_seen(tmp_path):
         assert near(video[0], colour).sum() == 0
 
 
-def test_the_actions_are_drawn_as_they_are_executed(tmp_path):
+def test_executed_and_predicted_actions_are_drawn(tmp_path):
     _, drawn = recorded_episode(tmp_path / "video.mp4", Corridor(), Forward((0.01, 0, 0, 0)))
     lines = [near(drawn[i, VIEW + 40 :], EXECUTED).sum() for i in (0, 5, 15)]
     assert lines[0] < lines[1] < lines[2]
     assert near(drawn[5, VIEW + 40 :], PREDICTED).sum() > 20
 
 
-def test_video_that_fails_leaves_no_file(tmp_path):
+def test_failed_episode_leaves_no_video(tmp_path):
     class Failing(Corridor):
         def step(self, action):
             raise ValueError("NaN")
@@ -84,19 +84,19 @@ def test_video_that_fails_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_video_has_no_callback():
+def test_no_path_gives_no_callback():
     environment = Corridor()
     with record_video(None, environment, "go") as callback:
         assert callback is None
 
 
-def test_without_an_encoder_the_error_says_so(tmp_path, monkeypatch):
+def test_missing_encoder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("torchpi.sim.video._ENCODERS", ("no_such",))
     with pytest.raises(ValueError, match="no video encoder; expected one of no_such"):
         recorded_episode(tmp_path / "video.mp4", Corridor(), Forward())
 
 
-def test_a_long_instruction_is_shortened(tmp_path):
+def test_long_instruction_is_shortened(tmp_path):
     with record_video(tmp_path / "video.mp4", Corridor(), "go a very long way " * 20) as callback:
         run_episode(Forward(), Corridor(), 0, callback=callback)
     assert len(frames_of(tmp_path / "video.mp4"))
@@ -104,10 +104,10 @@ def test_a_long_instruction_is_shortened(tmp_path):
 
 def test_first_episodes_of_each_task_are_recorded_as_video(corridor, tmp_path):  # noqa: F811
     policy = Forward()
-    result = evaluate(policy, "corridor", episodes=3, videos=2, out=tmp_path / "films", progress=False)
+    result = evaluate(policy, "corridor", episodes=3, videos=2, out=tmp_path / "videos", progress=False)
     names = ["short_0.mp4", "short_1.mp4", "long_0.mp4", "long_1.mp4"]
-    assert result.videos == tuple(str(tmp_path / "films" / name) for name in names)
-    assert sorted(path.name for path in (tmp_path / "films").iterdir()) == sorted(names)
+    assert result.videos == tuple(str(tmp_path / "videos" / name) for name in names)
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == sorted(names)
     assert [episode.video for episode in result.episodes][2:4] == [None, result.videos[2]]
     without = evaluate(policy, "corridor", episodes=3, progress=False)
     outcomes = [[(e.task, e.seed, e.success, e.steps) for e in r.episodes] for r in (result, without)]
@@ -118,8 +118,7 @@ def test_first_episodes_of_each_task_are_recorded_as_video(corridor, tmp_path): 
     ("env", "task", "view"),
     [("metaworld", "drawer-open", VIEW), pytest.param("aloha_sim", "insertion", SINGLE_VIEW, marks=pytest.mark.slow)],
 )
-def test_paths_of_the_hands_are_drawn(tmp_path, env, task, view):
-    """And filming does not change the episode."""
+def test_hand_paths_are_drawn_without_changing_the_episode(tmp_path, env, task, view):
     require_simulator()
     environment = make_environment(env, task)
     size = environment.embodiment.action_size

@@ -18,7 +18,7 @@ from torchpi.demo.page import EMBEDDED_BYTES, Demo, render_demo
 from torchpi.errors import SimulationError
 from torchpi.inspect.provenance import describe_policy
 from torchpi.policy import Policy, load_policy
-from torchpi.sim.actors import chosen_tasks, noise_shape
+from torchpi.sim.actors import chosen_tasks
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.gl import rendering_problem
 from torchpi.sim.result import print_evaluation
@@ -110,9 +110,7 @@ def _chosen_tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str 
 
 def _first_noise(policy: Policy, task: str, seed: int) -> np.ndarray:
     """Initial noise of the first chunk of a task's first episode, [H, action_dim]."""
-    shape = noise_shape(policy)
-    assert shape is not None
-    return episode_noise(seed, task, 0, shape)(0)
+    return episode_noise(seed, task, 0, policy.model.config.chunk_shape)(0)
 
 
 def _packaged_frame(policy: Policy, task: str, prompt: dict[str, Any], seed: int) -> DemoFrame:

@@ -44,6 +44,27 @@ class _Job:
         return f"episode {self.index} of task {self.task} (seed {self.seed})"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Settings of all episodes of an evaluation."""
+
+    env: str
+    seed: int
+    rollout: Rollout
+    instructions: Mapping[str, str]
+    folder: pathlib.Path
+    videos: int
+    resume: bool
+
+    def job(self, task: str, index: int) -> _Job:
+        sim = simulator(self.env)
+        seed = self.seed if sim.protocol.initial_states else environment_seed("eval", self.seed, task, index)
+        instruction = self.instructions.get(task, sim.instructions[task])
+        video = str(self.folder / f"{task}_{index}.mp4") if index < self.videos else None
+        outcome_file = self.folder / "episodes" / f"{task}_{index}.json" if self.resume else None
+        return _Job(task, index, seed, instruction, video, outcome_file)
+
+
 def evaluate(
     policy: str | pathlib.Path | Actor,
     env: str,
@@ -70,8 +91,7 @@ def evaluate(
         policy: a path or "demo", see `load_policy`; the address of a server, ws://…; or a `Policy`.
         env: one of `ENVIRONMENTS`.
         tasks: names of tasks; None: those in the policy's provenance, or all if they are few.
-        episodes: episodes per task. Its default, and that of `seed`, is in the environment's `EvalProtocol`.
-        seed: seed of episodes and noise.
+        episodes, seed: episodes per task, seed of episodes and noise; None: as in the environment's `EvalProtocol`.
         rollout: settings of each episode; execute_steps None: the policy's recommendation, or half of its chunk.
         instructions: other instructions for the policy, by task.
         workers: processes, each with its own policy and one thread; 1: this process, required for a `Policy`. None: as
@@ -91,19 +111,20 @@ def evaluate(
         actor = stack.enter_context(opened(policy, load, token))
         rollout, tasks = checked_rollout(actor, env, rollout), chosen_tasks(provenance_of(actor), env, tasks)
         check_instructions(instructions, tasks)
-        jobs = _jobs(env, tasks, episodes, seed, instructions, folder, videos, resume)
+        settings = _Settings(env, seed, rollout, instructions, folder, videos, resume)
+        jobs = [settings.job(task, index) for task in tasks for index in range(episodes)]
         if resume:
             folder_lock.enter_context(evaluation_folder(folder, actor, env, seed, rollout, instructions))
         outcomes = {job: outcome for job in jobs if (outcome := _saved_outcome(job)) is not None}
         workers = _num_workers(policy, actor, env, workers, len(jobs) - len(outcomes))
-        make_runner = partial(_EpisodeRunner, actor, {}, None, env, seed, rollout)
+        make_runner = partial(_EpisodeRunner, settings, actor, {}, None)
         if workers > 1:  # each worker opens its own policy: free this one, or close its connection
-            make_runner = partial(_EpisodeRunner, policy, load, token, env, seed, rollout)
+            make_runner = partial(_EpisodeRunner, settings, policy, load, token)
             del actor
             stack.close()
         with append_to_errors(lambda _: _describe_saved(jobs, folder)):
             speed = _run(make_runner, jobs, outcomes, workers, progress)
-    return _summarize(policy, env, seed, rollout, {job: outcomes[job] for job in jobs}, speed, start)
+    return _summarize(policy, settings, {job: outcomes[job] for job in jobs}, speed, start)
 
 
 def check_instructions(instructions: Collection[str], tasks: Sequence[str]) -> None:
@@ -117,7 +138,7 @@ def check_instructions(instructions: Collection[str], tasks: Sequence[str]) -> N
 def check_folder(videos: int, resume: bool, out: str | pathlib.Path | None) -> None:
     """Raise an error if videos or outcomes are to be saved and no folder is given."""
     if (videos or resume) and out is None:
-        raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
+        raise SimulationError(f"{'Videos' if videos else 'Saved episodes'} need a folder, out=.")
 
 
 def check_numbers(env: str, episodes: int, videos: int, seed: int, workers: int | None) -> None:
@@ -131,27 +152,6 @@ def check_numbers(env: str, episodes: int, videos: int, seed: int, workers: int 
     checked_seed(seed, below=2**31)
     if workers is not None and workers < 1:
         raise SimulationError(f"workers must be at least 1, got {workers}.")
-
-
-def _jobs(
-    env: str,
-    tasks: Sequence[str],
-    episodes: int,
-    seed: int,
-    instructions: Mapping[str, str],
-    out: pathlib.Path,
-    videos: int,
-    resume: bool,
-) -> list[_Job]:
-    sim, jobs = simulator(env), []
-    for task in tasks:
-        instruction = instructions.get(task, sim.instructions[task])
-        for index in range(episodes):
-            episode_seed = seed if sim.protocol.initial_states else environment_seed("eval", seed, task, index)
-            video = str(out / f"{task}_{index}.mp4") if index < videos else None
-            outcome_file = out / "episodes" / f"{task}_{index}.json" if resume else None
-            jobs.append(_Job(task, index, episode_seed, instruction, video, outcome_file))
-    return jobs
 
 
 def _saved_outcome(job: _Job) -> EpisodeOutcome | None:
@@ -203,26 +203,20 @@ class _EpisodeRunner:
     """Runs episodes in one process, with one policy and the environment of the latest task."""
 
     def __init__(
-        self,
-        policy: str | pathlib.Path | Actor,
-        load: Mapping[str, Any],
-        token: str | None,
-        env: str,
-        seed: int,
-        rollout: Rollout,
+        self, settings: _Settings, policy: str | pathlib.Path | Actor, load: Mapping[str, Any], token: str | None
     ) -> None:
-        self._stack, self._latest = contextlib.ExitStack(), LatestEnvironment(env)
+        self._settings, self._latest = settings, LatestEnvironment(settings.env)
+        self._stack = contextlib.ExitStack()
         self._stack.callback(self._latest.close)
         self._actor = self._stack.enter_context(opened(policy, load, token))
-        self._seed, self._rollout = seed, rollout
-        self._has_initial_states = simulator(env).protocol.initial_states is not None
-        self._noise_shape = noise_shape(self._actor, rollout.num_samples)
+        self._has_initial_states = simulator(settings.env).protocol.initial_states is not None
+        self._noise_shape = noise_shape(self._actor, settings.rollout.num_samples)
         self.close = self._stack.close
 
     def __call__(self, job: _Job) -> EpisodeOutcome:
         environment, noise = self._latest.of(job.task), None
         if self._noise_shape is not None:
-            noise = episode_noise(self._seed, job.task, job.index, self._noise_shape)
+            noise = episode_noise(self._settings.seed, job.task, job.index, self._noise_shape)
         with one_thread(), record_video(job.video, environment, job.instruction) as callback:
             outcome = run_episode(
                 self._actor,
@@ -230,7 +224,7 @@ class _EpisodeRunner:
                 job.seed,
                 episode=job.index if self._has_initial_states else None,
                 instruction=job.instruction,
-                rollout=self._rollout,
+                rollout=self._settings.rollout,
                 noise=noise,
                 callback=callback,
             )
@@ -252,9 +246,7 @@ def one_thread() -> Iterator[None]:
 
 def _summarize(
     policy: str | pathlib.Path | Actor,
-    env: str,
-    seed: int,
-    rollout: Rollout,
+    settings: _Settings,
     outcomes: Mapping[_Job, EpisodeOutcome],
     steps_per_second: float,
     start: float,
@@ -264,13 +256,15 @@ def _summarize(
         for job, each in outcomes.items()
     )
     rate, interval = success_rate(episodes)
-    instructions, settings = {job.task: job.instruction for job in outcomes}, dataclasses.asdict(rollout)
-    settings["max_steps"] = rollout.max_steps or simulator(env).max_steps
-    settings["pick"] = checked_pick(rollout.pick, rollout.num_samples, rollout.num_steps)
+    instructions, rollout = {job.task: job.instruction for job in outcomes}, settings.rollout
+    completed_rollout = dataclasses.asdict(rollout) | {
+        "max_steps": rollout.max_steps or simulator(settings.env).max_steps,
+        "pick": checked_pick(rollout.pick, rollout.num_samples, rollout.num_steps),
+    }
     return Evaluation(
-        env=env,
+        env=settings.env,
         policy=str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__,
-        seed=seed,
+        seed=settings.seed,
         success_rate=rate,
         interval=interval,
         tasks={
@@ -282,5 +276,5 @@ def _summarize(
         seconds=time.perf_counter() - start,
         episodes=episodes,
         videos=tuple(job.video for job in outcomes if job.video),
-        **settings,
+        **completed_rollout,
     )

@@ -127,7 +127,7 @@ class LiberoEnvironment(PandaEnvironment):
 
     def _wait(self) -> None:
         for _ in range(_WAIT_STEPS):
-            self._act(_WAIT)
+            self.step(_WAIT)
         self._expert = None
 
     def _make_expert(self) -> Expert:

@@ -92,8 +92,22 @@ class PandaEnvironment:
         return {**views, "observation/state": state, "prompt": self.instruction}
 
     def step(self, action: np.ndarray) -> bool:
-        """Execute one action [7]; robosuite's controller clips it to ±1."""
-        return self._act(check_action(action, self.embodiment))
+        """Execute one action [7], which robosuite's controller clips to ±1, as robosuite does but without observing."""
+        action = check_action(action, self.embodiment)
+        env, data = self._env, self._data
+        for substep in range(_SUBSTEPS):
+            env.sim.forward()
+            env._pre_action(action, policy_step=substep == 0)
+            if substep == self.observed_substep:
+                self._positions, self._site_rgba = data.qpos.copy(), self._model.site_rgba.copy()
+            env.sim.step()
+            if substep == self.observed_substep:
+                self._fingers = data.qpos[self._finger_indices].copy()
+        for kind in (self._warnings.mjWARN_BADQPOS, self._warnings.mjWARN_BADQVEL, self._warnings.mjWARN_BADQACC):
+            if data.warning[kind].number:  # MuJoCo has reset the simulation
+                raise UnstableError(f"MuJoCo's simulation diverged ({kind.name}).")
+        env._post_action(action)
+        return bool(env._check_success())
 
     def expert_action(self) -> np.ndarray:
         """The next action of `Expert`, which has a state: call this once per step. Some tasks have no expert."""
@@ -136,23 +150,6 @@ class PandaEnvironment:
         images = self._cameras.render(self._view_data, size)
         self._model.site_rgba[:] = current_rgba
         return {key: np.ascontiguousarray(image[:, ::-1]) for key, image in images.items()}
-
-    def _act(self, action: np.ndarray) -> bool:
-        """Execute an action as robosuite's own step does, without its observations."""
-        env, data = self._env, self._data
-        for substep in range(_SUBSTEPS):
-            env.sim.forward()
-            env._pre_action(action, policy_step=substep == 0)
-            if substep == self.observed_substep:
-                self._positions, self._site_rgba = data.qpos.copy(), self._model.site_rgba.copy()
-            env.sim.step()
-            if substep == self.observed_substep:
-                self._fingers = data.qpos[self._finger_indices].copy()
-        for kind in (self._warnings.mjWARN_BADQPOS, self._warnings.mjWARN_BADQVEL, self._warnings.mjWARN_BADQACC):
-            if data.warning[kind].number:  # MuJoCo has reset the simulation
-                raise UnstableError(f"MuJoCo's simulation diverged ({kind.name}).")
-        env._post_action(action)
-        return bool(env._check_success())
 
 
 class RobosuiteEnvironment(PandaEnvironment):
