@@ -21,8 +21,9 @@ from torchpi.demo.flow import describe_flow, trace_request
 from torchpi.demo.next_steps import next_steps
 from torchpi.demo.page import Demo, render_demo
 from torchpi.inspect.provenance import describe_policy, measured, overall
+from torchpi.rates import Rate
 from torchpi.sim import tasks_of
-from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
+from torchpi.sim.result import Episode, Evaluation, task_result
 
 TASKS = ("faucet-open", "faucet-close")
 
@@ -61,7 +62,7 @@ def test_every_task_of_the_embedded_policy_has_frames():
 
 
 def test_unknown_task_error_lists_the_tasks_with_frames():
-    with pytest.raises(KeyError, match="no packaged camera frames of 'reach'; there are of drawer-open"):
+    with pytest.raises(KeyError, match="no packaged camera frames of 'reach'; expected drawer-open"):
         demo_observation("reach")
 
 
@@ -135,7 +136,7 @@ def test_provenance_is_described():
     assert description["measured success"].endswith("), 30 of 40 episodes")
     assert description["with black images"].endswith("), 0 of 20 episodes of faucet-open")
     assert description["with black images"].startswith("0% (0% – ")
-    assert overall(measured(policy)).interval == success_rate([_episode("x", i, i < 30) for i in range(40)])[1]
+    assert overall(measured(policy)).interval == Rate.of(30, 40).interval
 
 
 @pytest.mark.parametrize("wrong", ["good", {}, {"tasks": {"reach": 0.5}}, {"tasks": {"reach": {"success_rate": 1}}}])
@@ -191,13 +192,14 @@ def _evaluation(folder, instructions):
         video = folder / f"{task}_0.mp4"
         video.write_bytes(b"video of " + task.encode())
         episodes += [_episode(task, 0, True, str(video)), _episode(task, 1, False)]
-    rate, interval = success_rate(episodes)
+    rate = Rate.of(len(instructions), len(episodes))
     task_results = {
         task: task_result(instruction, [episode for episode in episodes if episode.task == task])
         for task, instruction in instructions.items()
     }
     return Evaluation(
-        "metaworld", "demo", 0, rate, interval, task_results, None, 8, 500, blank_images=False, steps_per_second=100.0,
+        "metaworld", "demo", 0, rate.success_rate, rate.interval, task_results, None, 8, 500, blank_images=False,
+        steps_per_second=100.0,
         chunk_ms=20.0, seconds=3.0, episodes=tuple(episodes), videos=tuple(e.video for e in episodes if e.video),
     )  # fmt: skip
 

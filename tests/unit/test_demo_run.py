@@ -220,7 +220,7 @@ def test_rerun_log_repeats_the_episodes_of_the_demo(corridor, monkeypatch):  # n
         (["--tasks", "fly"], "metaworld has no task 'fly'"),
         (
             ["--tasks", "faucet-open,door-open", "--instruction", "go"],
-            "One instruction is for one task, got faucet-open,",
+            "An instruction is for one task, got faucet-open,",
         ),
         (["--out", "FILE"], "is a file, or below one; expected a folder to write into. Choose another one with --out"),
     ],

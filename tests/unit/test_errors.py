@@ -36,7 +36,7 @@ def test_counts_and_lists_are_read_aloud():
 def test_unknown_names_come_with_the_nearest():
     assert did_you_mean("so1o1", ["so100", "so101"]) == " (did you mean so101?)"
     assert did_you_mean("nothing", ["so101"]) == ""
-    with pytest.raises(KeyError, match=r"no environment 'metawrld' \(did you mean metaworld\?\); there are "):
+    with pytest.raises(KeyError, match=r"no environment 'metawrld' \(did you mean metaworld\?\); expected "):
         simulator("metawrld")
     with pytest.raises(KeyError, match=r"no task 'lfit' \(did you mean lift\?\), 'x'; its tasks are lift, place\."):
         check_tasks("so101", ["lfit", "x"])

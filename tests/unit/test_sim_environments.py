@@ -292,7 +292,7 @@ def test_all_metaworld_tasks_are_available():
 
 
 def test_unknown_name_error_lists_the_known_names():
-    with pytest.raises(KeyError, match="no environment 'maniskill'; there are metaworld, aloha_sim, so101"):
+    with pytest.raises(KeyError, match="no environment 'maniskill'; expected metaworld, aloha_sim, so101"):
         make_environment("maniskill", "reach")
     with pytest.raises(KeyError, match="metaworld has no task 'fly'; its tasks are assembly, basketball"):
         make_environment("metaworld", "fly")

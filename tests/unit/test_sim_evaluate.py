@@ -313,7 +313,7 @@ def test_invalid_argument_is_an_error(corridor, policy, options, error, message)
 
 
 def test_unknown_environment_is_an_error(policy):
-    with pytest.raises(KeyError, match="There is no environment 'maniskill'; there are metaworld, aloha_sim"):
+    with pytest.raises(KeyError, match="There is not an environment 'maniskill'; expected metaworld, aloha_sim"):
         quiet(policy, "maniskill")
 
 
@@ -481,9 +481,9 @@ def test_wrong_or_missing_token_prints_one_line(
 
 
 def test_token_without_a_server_is_an_error_unless_from_the_environment(corridor, policy, monkeypatch):  # noqa: F811
-    with pytest.raises(ValueError, match=r"for the address of a server, .* and demo is not one; leave the token out"):
+    with pytest.raises(ValueError, match=r"for the address of a server, .* and demo is not one; leave it out"):
         quiet("demo", token=TOKEN)
-    with pytest.raises(ValueError, match="this policy is loaded already; leave the token out"):
+    with pytest.raises(ValueError, match="this policy is loaded already; leave it out"):
         quiet(policy, token=TOKEN)
     monkeypatch.setenv("TORCHPI_TOKEN", TOKEN)
     main(["eval", "demo", "--env", "corridor", "--episodes", "1", "--max-steps", "1", "--workers", "1"])
@@ -542,7 +542,7 @@ def test_command_prints_a_table(folder, capsys):
     ("arguments", "message"),
     [
         (["nowhere", "--env", "metaworld"], "There is no checkpoint at nowhere"),
-        (["FOLDER", "--env", "libero"], "--env libero is no environment; expected --env libero --suite"),
+        (["FOLDER", "--env", "libero"], "--env libero is not an environment; expected --env libero --suite"),
         (["FOLDER", "--env", "metaworld", "--tasks", "fly"], "metaworld has no task 'fly'; its tasks are assembly"),
         (["FOLDER", "--env", "aloha_sim"], "do not fit: the policy requires the cameras base, wrist"),
         (["FOLDER", "--env", "metaworld", "--videos", "1"], "Videos need a folder"),

@@ -52,10 +52,10 @@ def test_instructions_do_not_name_the_scene():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("libero",), "--env libero is no environment; expected --env libero --suite spatial|object|goal|10|90"),
-        (("libero", "long"), "--env libero --suite long is no environment"),
-        (("metaworld", "goal"), "--env metaworld --suite goal is no environment"),
-        (("metaworld", None, "lerobot"), "--env metaworld --protocol lerobot is no environment"),
+        (("libero",), "--env libero is not an environment; expected --env libero --suite spatial|object|goal|10|90"),
+        (("libero", "long"), "--env libero --suite long is not an environment"),
+        (("metaworld", "goal"), "--env metaworld --suite goal is not an environment"),
+        (("metaworld", None, "lerobot"), "--env metaworld --protocol lerobot is not an environment"),
         (("libero", "goal", "openvla"), "with --protocol openpi or lerobot or without"),
     ],
 )

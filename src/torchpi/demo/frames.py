@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from torchpi.assets import assets
-from torchpi.errors import UnknownKeyError
+from torchpi.errors import UnknownKeyError, listed
 
 
 def demo_tasks() -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def demo_observation(task: str | None = None) -> dict[str, Any]:
     frames = _frames()
     task = next(iter(frames)) if task is None else task
     if task not in frames:
-        raise UnknownKeyError(f"There are no packaged camera frames of {task!r}; there are of {', '.join(frames)}.")
+        raise UnknownKeyError(f"There are no packaged camera frames of {task!r}; expected {listed(frames, 'or')}.")
     frame = frames[task]
     images = {key: np.asarray(Image.open(assets() / "demo" / name)) for key, name in frame["images"].items()}
     return {**images, "state": np.array(frame["state"]), "prompt": frame["prompt"]}

@@ -102,7 +102,7 @@ def _chosen_tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str 
         return chosen
     if tasks is not None and len(chosen) > 1:
         raise SimulationError(
-            f"One instruction is for one task, got {', '.join(chosen)}; name one of them with --tasks, or none for "
+            f"An instruction is for one task, got {', '.join(chosen)}; choose one with --tasks, or leave it out for "
             f"{chosen[0]}."
         )
     return chosen[:1]

@@ -27,7 +27,7 @@ def environment_name(env: str, suite: str | None = None, protocol: str | None = 
     options = {"env": env, "suite": suite, "protocol": protocol}
     given = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
     raise SimulationError(
-        f"{given} is no environment; expected --env libero --suite {'|'.join(libero.NAMES)}, with --protocol "
+        f"{given} is not an environment; expected --env libero --suite {'|'.join(libero.NAMES)}, with --protocol "
         f"{listed(libero.CLIENTS, 'or')} or without."
     )
 
@@ -36,7 +36,7 @@ def simulator(env: str) -> Simulator:
     """The description of an environment; a KeyError for an unknown name."""
     if env not in _SIMULATORS:
         name = f"{env!r}{did_you_mean(env, ENVIRONMENTS)}"
-        raise UnknownKeyError(f"There is no environment {name}; there are {', '.join(ENVIRONMENTS)}.")
+        raise UnknownKeyError(f"There is no environment {name}; expected {listed(ENVIRONMENTS, 'or')}.")
     return _SIMULATORS[env]
 
 

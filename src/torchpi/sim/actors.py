@@ -61,12 +61,7 @@ class RemotePolicy:
 
 @contextlib.contextmanager
 def opened(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], token: str | None) -> Iterator[Actor]:
-    """Load a policy from a path, connect to a server until the block ends, or pass on a policy object.
-
-    Args:
-        load: further arguments of `load_policy`, for a path.
-        token: the token of a server.
-    """
+    """Load a policy by `load_policy(path, **load)`, connect to a server until the block ends, or pass on an object."""
     check_opening(policy, load, token)
     if is_address(policy):
         with contextlib.closing(RemotePolicy(str(policy), token=token)) as actor:
@@ -80,9 +75,7 @@ def check_opening(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], t
     is_path = isinstance(policy, str | pathlib.Path)
     if token is not None and not is_address(policy):
         found = f"{policy} is not one" if is_path else "this policy is loaded already"
-        raise SimulationError(
-            f"A token is for the address of a server, ws://HOST:PORT, and {found}; leave the token out."
-        )
+        raise SimulationError(f"A token is for the address of a server, ws://HOST:PORT, and {found}; leave it out.")
     if load and (is_address(policy) or not is_path):
         loaded = "This policy's server loads it" if is_address(policy) else "This policy is loaded already"
         raise SimulationError(f"{loaded}; it takes no {', '.join(load)}.")

@@ -15,6 +15,7 @@ from torchpi.errors import SimulationError, UnknownKeyError, counted
 from torchpi.extras import check_installed
 from torchpi.policy import Policy
 from torchpi.randomness import checked_seed
+from torchpi.rates import Rate
 from torchpi.samples import checked_pick
 from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
@@ -22,7 +23,7 @@ from torchpi.sim.actors import checked_rollout, chosen_tasks, noise_shape, opene
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.kept import evaluation_folder, read_outcome
 from torchpi.sim.processes import append_to_errors, default_workers, run_jobs
-from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
+from torchpi.sim.result import Episode, Evaluation, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
 from torchpi.sim.video import is_whole_video, record_video
 from torchpi.ui.progress import progress_bar
@@ -255,7 +256,7 @@ def _summarize(
         Episode(job.task, job.index, job.seed, each.success, each.steps, len(each.chunk_ms), each.unstable, job.video)
         for job, each in outcomes.items()
     )
-    rate, interval = success_rate(episodes)
+    rate = Rate.of(sum(episode.success for episode in episodes), len(episodes))
     instructions, rollout = {job.task: job.instruction for job in outcomes}, settings.rollout
     completed_rollout = dataclasses.asdict(rollout) | {
         "max_steps": rollout.max_steps or simulator(settings.env).max_steps,
@@ -265,8 +266,8 @@ def _summarize(
         env=settings.env,
         policy=str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__,
         seed=settings.seed,
-        success_rate=rate,
-        interval=interval,
+        success_rate=rate.success_rate,
+        interval=rate.interval,
         tasks={
             task: task_result(instruction, [episode for episode in episodes if episode.task == task])
             for task, instruction in instructions.items()

@@ -130,14 +130,11 @@ class Expert:
     def __init__(
         self, env: Any, relation: Literal["up", "in", "on"], body: int, target: Any, target_body: int, over: float = 0.0
     ) -> None:
-        """Set the goal of the episode.
+        """Lift a body ("up"), or put it in or on a target.
 
         Args:
-            relation: lift the object ("up"), or put it in or on the target.
-            body: id of the object to move.
-            target: MuJoCo's view of a body or site; the object's origin is brought to its origin.
+            target: MuJoCo's view of a body or site; the goal of the object's origin is `over` metres above its origin.
             target_body: id of the target's body.
-            over: height in metres above the target's origin.
         """
         self._env, self._relation, self._body = env, relation, body
         self._target, self._target_body, self._over = target, target_body, over

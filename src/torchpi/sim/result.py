@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchpi.rates import Rate, wilson_interval
+from torchpi.rates import Rate
 from torchpi.ui.tables import Cell, Column, PlainConsole, Table
 
 
@@ -83,13 +83,9 @@ def task_result(instruction: str, episodes: Sequence[Episode]) -> TaskResult:
     steps = [episode.steps for episode in episodes if episode.success]
     mean = float(statistics.mean(steps)) if steps else None
     median = float(statistics.median(steps)) if steps else None
-    return TaskResult(*success_rate(episodes), len(episodes), instruction, mean, median)
-
-
-def success_rate(episodes: Sequence[Episode]) -> tuple[float, tuple[float, float]]:
-    """Success rate and its 95 % interval."""
-    successes = sum(episode.success for episode in episodes)
-    return successes / len(episodes), wilson_interval(successes, len(episodes))
+    return TaskResult(
+        **vars(Rate.of(len(steps), len(episodes))), instruction=instruction, mean_steps=mean, median_steps=median
+    )
 
 
 def success_table(
@@ -121,7 +117,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     console.print(success_table(evaluation).to_rich(), crop=False)
     console.print(
         f"steps: mean of the successful episodes. {evaluation.chunk_ms:.0f} ms per chunk, "
-        f"{evaluation.steps_per_second:.0f} steps/s, {evaluation.seconds:.0f} s altogether."
+        f"{evaluation.steps_per_second:.0f} steps/s, {evaluation.seconds:.0f} s in total."
     )
     if unstable := sum(episode.unstable for episode in evaluation.episodes):
         console.print(f"{unstable} of the episodes failed because an action broke the simulation.")

@@ -47,8 +47,7 @@ _TASKS = {
 class PandaEnvironment:
     """One task of a Franka arm in robosuite. See `Environment` for the methods.
 
-    Observations equal robosuite's own: images have shadows and smooth edges, and robosuite observes during an action,
-    before its last substep, not after it.
+    Observations equal robosuite's own: images have shadows and smooth edges, and show a substep before an action's end.
     """
 
     embodiment = EMBODIMENT
@@ -57,38 +56,37 @@ class PandaEnvironment:
     _expert: Expert | None = None
 
     def __init__(self, env: Any, task: str, instruction: str, max_steps: int, image_size: int, sent_size: int) -> None:
-        """Wrap robosuite's environment `env`.
+        """Wrap robosuite's environment.
 
-        Args:
-            image_size: height and width of the observed images.
-            sent_size: height and width of the images that openpi's client sends, to which rendered images are resized
-                first; smaller ones are then made from these, as the policy does.
+        Rendered images are resized to `sent_size`, as openpi's client does, and from there to `image_size`, as a policy
+        with smaller images does.
         """
         self.task, self.instruction, self.max_steps, self.image_size = task, instruction, max_steps, image_size
         self._env, self._sent_size = env, sent_size
         self._attach()
 
     def observe(self) -> dict[str, Any]:
-        """Both cameras uint8 [224, 224, 3], mirrored: the dataset's are OpenGL's images rotated by 180°. The state [8]:
-        the hand's position and axis angle, and the fingers. The instruction."""
+        """Both cameras uint8 [224, 224, 3], mirrored; state [8]: the hand's position and axis angle, and the fingers; the
+        instruction."""
         return self.observe_snapshot(self.snapshot())
 
-    def snapshot(self) -> tuple[np.ndarray, ...]:
-        """Joint positions, colours of the sites, and fingers; see `DefersRendering`."""
+    def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions of all joints, colours of the sites, and fingers; see `DefersRendering`."""
         return self._positions, self._site_rgba, self._fingers
 
-    def observe_snapshot(self, snapshot: tuple[np.ndarray, ...], *, images: bool = True) -> dict[str, Any]:
+    def observe_snapshot(
+        self, snapshot: tuple[np.ndarray, np.ndarray, np.ndarray], *, images: bool = True
+    ) -> dict[str, Any]:
         """See `DefersRendering`."""
-        views: dict[str, np.ndarray] = {}
-        if images:
-            views = self._render(snapshot, _RENDER_SIZE)
-            for size in (max(self._sent_size, self.image_size), self.image_size):
-                views = {key: resize_with_pad(image, size, size) for key, image in views.items()}
-        else:
-            self._restore(snapshot)
+        positions, site_rgba, fingers = snapshot
+        views = self._render(positions, site_rgba, _RENDER_SIZE) if images else {}
+        for size in (max(self._sent_size, self.image_size), self.image_size):
+            views = {key: resize_with_pad(image, size, size) for key, image in views.items()}
+        if not images:
+            self._set_view(positions)
         hand = self._view_data.site_xpos[self._robot.eef_site_id]
         w, *xyz = self._view_data.body(self._robot.robot_model.eef_name).xquat
-        state = np.concatenate([hand, axis_angle(np.array([*xyz, w])), snapshot[2]])
+        state = np.concatenate([hand, axis_angle(np.array([*xyz, w])), fingers])
         return {**views, "observation/state": state, "prompt": self.instruction}
 
     def step(self, action: np.ndarray) -> bool:
@@ -117,7 +115,7 @@ class PandaEnvironment:
 
     def render(self, size: int) -> dict[str, np.ndarray]:
         """Both cameras, mirrored as in the observations."""
-        return self._render(self.snapshot(), size)
+        return self._render(self._positions, self._site_rgba, size)
 
     def close(self) -> None:
         self._cameras.close()
@@ -139,16 +137,17 @@ class PandaEnvironment:
         self._fingers = self._positions[self._finger_indices]
         self._expert = None
 
-    def _restore(self, snapshot: tuple[np.ndarray, ...]) -> None:
-        self._view_data.qpos[:] = snapshot[0]
+    def _set_view(self, positions: np.ndarray) -> None:
+        self._view_data.qpos[:] = positions
         import_mujoco().mj_forward(self._model, self._view_data)
 
-    def _render(self, snapshot: tuple[np.ndarray, ...], size: int) -> dict[str, np.ndarray]:
-        self._restore(snapshot)
+    def _render(self, positions: np.ndarray, site_rgba: np.ndarray, size: int) -> dict[str, np.ndarray]:
+        self._set_view(positions)
         current_rgba = self._model.site_rgba.copy()
-        self._model.site_rgba[:] = snapshot[1]
+        self._model.site_rgba[:] = site_rgba
         images = self._cameras.render(self._view_data, size)
         self._model.site_rgba[:] = current_rgba
+        # robosuite's images are upside down; openpi's client rotates them by 180°, which leaves them mirrored.
         return {key: np.ascontiguousarray(image[:, ::-1]) for key, image in images.items()}
 
 
