@@ -259,7 +259,7 @@ class Killed(BaseException):
 def killing(monkeypatch, **functions):
     """Let a recording end as if its process were killed in one of these functions."""
     with monkeypatch.context() as patch:
-        patch.setattr(LeRobotWriter, "__exit__", lambda self, *_: self._recording._release())
+        patch.setattr(LeRobotWriter, "__exit__", lambda self, *_: self._recording._release_lock())
         for target, function in functions.items():
             patch.setattr(target, function)
         with pytest.raises(Killed):

@@ -66,8 +66,7 @@ class PandaEnvironment:
         self._attach()
 
     def observe(self) -> dict[str, Any]:
-        """Both cameras uint8 [224, 224, 3], mirrored; state [8]: the hand's position and axis angle, and the fingers; the
-        instruction."""
+        """Both cameras uint8 [224, 224, 3], mirrored; state [8]: hand position, axis angle, fingers; instruction."""
         return self.observe_snapshot(self.snapshot())
 
     def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
