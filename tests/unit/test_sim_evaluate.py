@@ -313,7 +313,7 @@ def test_invalid_argument_is_an_error(corridor, policy, options, error, message)
 
 
 def test_unknown_environment_is_an_error(policy):
-    with pytest.raises(KeyError, match="There is not an environment 'maniskill'; expected metaworld, aloha_sim"):
+    with pytest.raises(KeyError, match="There is no environment 'maniskill'; expected metaworld, aloha_sim"):
         quiet(policy, "maniskill")
 
 
