@@ -216,7 +216,7 @@ def test_malformed_tags_are_refused(value):
         unpack(msgpack.packb({"a": [value]}))
 
 
-def test_names_of_dtypes_are_read():
+def test_plain_dtype_names_are_read():
     assert same(unpack(msgpack.packb(array_map(dtype="float32"))), np.zeros(2, np.float32))
 
 

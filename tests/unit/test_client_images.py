@@ -46,7 +46,7 @@ def exif(orientation, order="<", tag=0x0112):
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("orientation", range(10))
-def test_image_is_turned_as_its_exif_orientation_states(orientation, order):
+def test_image_is_rotated_by_its_exif_orientation(orientation, order):
     data = jpeg(SMOOTH, exif=exif(orientation, order))
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(decoded(data), np.asarray(expected))
@@ -106,7 +106,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_jpeg_that_costs_more_than_it_shows_is_refused_before_it_is_decoded(name):
+def test_expensive_jpeg_is_refused_before_decoding(name):
     data, message = HOSTILE[name]
     with pytest.raises(
         ValueError, match=rf"Cannot decode the JPEG of top \({len(data)} bytes\): .*{message}"

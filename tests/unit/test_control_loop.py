@@ -1007,7 +1007,7 @@ def test_robot_is_held_while_the_policy_is_uncertain(mode, command, caplog):
     assert "3 chunks refused as uncertain" in report.summary()
 
 
-def test_uncertainty_drops_what_is_left_of_the_chunk_before():
+def test_uncertain_chunk_drops_rest_of_previous_chunk():
     # Chunk 0 is asked for at once, chunk 1 when two of its actions are executed: from then on the robot is held.
     policy = UncertainPolicy([0.0, 0.0, 0.7])
     robot, report = controlled(policy, mode="async", execute_steps=2, max_uncertainty=0.5, steps=8)
@@ -1016,7 +1016,7 @@ def test_uncertainty_drops_what_is_left_of_the_chunk_before():
     assert report.uncertainty.largest == 0.7
 
 
-def test_uncertainty_without_a_limit_is_counted_only():
+def test_uncertainty_without_limit_is_only_counted():
     _, report = controlled(UncertainPolicy([0.1, 0.4]), steps=8)
     assert (report.uncertain_chunks, report.holds) == (0, 0)
     assert report.uncertainty.mean == pytest.approx(0.4)
@@ -1026,7 +1026,7 @@ def test_uncertainty_without_a_limit_is_counted_only():
 
 
 @pytest.mark.parametrize("answered", [None, math.nan, "low", np.zeros(3)])
-def test_limit_of_uncertainty_needs_a_server_that_samples_several(answered):
+def test_max_uncertainty_needs_server_with_several_samples(answered):
     policy = UncertainPolicy([answered])
     with pytest.raises(ValueError, match=r"The policy answered .*start the server with --num-samples 2 or more"):
         controlled(policy, max_uncertainty=0.5)
@@ -1034,6 +1034,6 @@ def test_limit_of_uncertainty_needs_a_server_that_samples_several(answered):
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, math.inf, "0.5", True])
-def test_limit_of_uncertainty_is_a_positive_number(wrong):
+def test_max_uncertainty_must_be_positive(wrong):
     with pytest.raises(ValueError, match="max_uncertainty is"):
         ControlSettings(max_uncertainty=wrong)

@@ -107,7 +107,7 @@ def test_engine_in_bfloat16_stays_within_its_rounding():
 
 
 @pytest.mark.parametrize("lengths", [(1,), (32,), (33,), (50,)])
-def test_buckets_padding_changes_nothing(lengths):
+def test_padding_to_a_bucket_changes_nothing(lengths):
     model, observation = make_model(), make_observation(lengths)
     engine = InferenceEngine(model, mode="eager", prompt_lengths=(32,))
     actions = engine.sample_actions(observation, noise=noise_of(1), num_steps=2)
@@ -128,7 +128,7 @@ def test_bucket_is_reused_by_shorter_prompts_and_fewer_samples_and_other_delays(
     assert engine.metadata["warm_buckets"] == ["batch 4, 2 cameras, 32 prompt tokens, 7 actions, 2 steps"]
 
 
-def test_absent_cameras_are_left_out_of_the_bucket():
+def test_bucket_excludes_absent_cameras():
     model, engine_of = make_model(), lambda model: InferenceEngine(model, mode="eager")
     engine = engine_of(model)
     observation = make_observation(present=[[True] * 3, [False] * 3])
@@ -146,7 +146,7 @@ def test_absent_cameras_are_left_out_of_the_bucket():
     ],
     ids=["cameras differ", "batch beyond the largest"],
 )
-def test_sample_that_fits_no_bucket_is_the_plain_models(observation, settings):
+def test_plain_model_samples_inputs_that_fit_no_bucket(observation, settings):
     model = make_model()
     engine = InferenceEngine(model, mode="eager", **settings)
     actions = engine.sample_actions(observation, noise=noise_of(), num_steps=2)
@@ -156,7 +156,7 @@ def test_sample_that_fits_no_bucket_is_the_plain_models(observation, settings):
     assert engine.metadata["warm_buckets"] == []
 
 
-def test_prompt_longer_than_every_bucket_is_the_plain_models():
+def test_plain_model_samples_prompt_longer_than_every_bucket():
     model = make_model()
     model.config = dataclasses.replace(model.config, max_token_len=None)
     engine = InferenceEngine(model, mode="eager", prompt_lengths=(8,))
@@ -164,7 +164,7 @@ def test_prompt_longer_than_every_bucket_is_the_plain_models():
     assert engine.metadata["warm_buckets"] == []
 
 
-def test_noise_is_drawn_as_by_the_model():
+def test_engine_draws_the_models_noise():
     model, observation = make_model(), make_observation()
     engine = InferenceEngine(model, mode="eager")
     drawn = [
@@ -174,7 +174,7 @@ def test_noise_is_drawn_as_by_the_model():
     torch.testing.assert_close(*drawn, rtol=1e-5, atol=5e-6)
 
 
-def test_bucket_used_longest_ago_makes_room():
+def test_least_recently_used_bucket_is_dropped():
     engine = InferenceEngine(make_model(), mode="eager", max_buckets=2)
     for num_steps in (1, 2, 1, 3):
         engine.sample_actions(make_observation(), noise=noise_of(), num_steps=num_steps)
@@ -259,7 +259,7 @@ def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
     assert torch.equal(first, second)
 
 
-def test_failed_capture_gives_up_its_memory_and_the_devices_generator(monkeypatch):
+def test_failed_capture_releases_memory_and_generator(monkeypatch):
     """Else PyTorch refuses further captures, and random numbers of the device, for good."""
 
     class Generator:
@@ -288,7 +288,7 @@ def test_failed_capture_gives_up_its_memory_and_the_devices_generator(monkeypatc
 
 
 @pytest.mark.parametrize("error", [ImportError("no triton"), RuntimeError("undefined symbol")])
-def test_triton_that_is_missing_or_broken_is_replaced_with_one_warning(error, monkeypatch):
+def test_missing_or_broken_triton_is_replaced_with_one_warning(error, monkeypatch):
     def fails():
         raise error
 
@@ -297,7 +297,7 @@ def test_triton_that_is_missing_or_broken_is_replaced_with_one_warning(error, mo
         assert _best_kernels(make_model(dtype=torch.bfloat16), "graph") is PLAIN
 
 
-def test_fused_kernels_that_fail_are_replaced_with_one_warning():
+def test_failing_fused_kernels_are_replaced_with_one_warning():
     def broken(*args, **options):
         raise OSError("no C compiler")
 
@@ -314,7 +314,7 @@ def test_fused_kernels_that_fail_are_replaced_with_one_warning():
     assert len(engine.metadata["warm_buckets"]) == 2
 
 
-def test_number_of_steps_that_is_not_positive_is_refused():
+def test_num_steps_must_be_positive():
     engine = InferenceEngine(make_model(), mode="eager")
     with pytest.raises(ValueError, match="num_steps must be a positive integer, got 0"):
         engine.sample_actions(make_observation(), noise=noise_of(), num_steps=0)
@@ -326,7 +326,7 @@ def test_unknown_mode_is_refused(monkeypatch):
         InferenceEngine(make_model(), mode="Eager")
 
 
-def test_inputs_of_another_size_than_the_models_are_refused_as_by_the_model(monkeypatch):
+def test_inputs_of_wrong_size_raise_the_models_error(monkeypatch):
     """A bucket's static tensors would take one pixel, or one number of a previous chunk or state, for all."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks shapes in the tests only
     model, observation = make_model(pi05=False), make_observation()
@@ -361,7 +361,7 @@ def test_guidance_without_a_finite_maximum_is_refused(maximum):
         Guidance(noise_of(), noise_of(), maximum)
 
 
-def test_settings_around_a_call_do_not_reach_its_bucket():
+def test_callers_settings_do_not_affect_the_bucket():
     """Neither that which warms the bucket up nor a later one: what is captured stays."""
     model, observation, samples = make_model(), make_observation(), {"noise": noise_of(), "num_steps": 2}
     engine = InferenceEngine(model, mode="eager")
@@ -391,7 +391,7 @@ def test_default_dtype_changes_nothing(dtype):
 
 
 @pytest.mark.slow
-def test_process_that_is_forked_warms_up_buckets_of_its_own():
+def test_forked_process_warms_up_its_own_buckets():
     """In a process with one thread, as torch needs it for a fork."""
     program = "import test_engine; test_engine.sample_in_a_fork()"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent, timeout=100)
@@ -461,7 +461,7 @@ class FakeCuda:
         engine._memory.stream.name = "captures"
 
 
-def test_graph_is_captured_once_and_replayed_with_new_inputs_behind_the_last_call(monkeypatch):
+def test_graph_is_captured_once_and_replayed_with_new_inputs_after_the_last_call(monkeypatch):
     """Graphs share memory and inputs: on a GPU, a lock on the host ends before the work of another stream does."""
     model, cuda = make_model(), FakeCuda()
     engine = InferenceEngine(model, mode="eager")
@@ -484,7 +484,7 @@ def test_closed_engine_samples_cold_buckets_with_the_model():
     assert engine.metadata["warm_buckets"] == []
 
 
-def test_interrupt_ends_the_warm_up_at_once_and_a_later_call_begins_it_anew(monkeypatch):
+def test_interrupt_ends_the_warm_up_and_a_later_call_restarts_it(monkeypatch):
     def interrupted(bucket: Bucket) -> None:
         raise KeyboardInterrupt
 
@@ -498,7 +498,7 @@ def test_interrupt_ends_the_warm_up_at_once_and_a_later_call_begins_it_anew(monk
     assert len(engine.metadata["warm_buckets"]) == 1
 
 
-def test_cold_bucket_is_sampled_by_the_model_while_it_warms_up(monkeypatch):
+def test_model_samples_while_the_bucket_warms_up(monkeypatch):
     model, observation = make_model(), make_observation()
     engine = InferenceEngine(model, mode="eager", background=True)
     may_warm_up, is_warm = threading.Event(), threading.Event()
@@ -522,7 +522,7 @@ def test_cold_bucket_is_sampled_by_the_model_while_it_warms_up(monkeypatch):
     engine.close()
 
 
-def test_threads_that_need_one_cold_bucket_share_its_warm_up(monkeypatch):
+def test_threads_share_the_warm_up_of_a_cold_bucket(monkeypatch):
     model, observation = make_model(), make_observation()
     engine, warmed = InferenceEngine(model, mode="eager"), []
     warm_up, both_asked = engine.warm_up, threading.Barrier(2)
@@ -570,7 +570,7 @@ def test_calls_of_two_threads_do_not_mix():
             torch.testing.assert_close(actions, expected[which], rtol=1e-5, atol=5e-6)
 
 
-def test_policy_samples_with_an_engine_and_says_so():
+def test_policy_samples_with_an_engine_and_reports_it():
     policy = torchpi.load_policy("demo", device="cpu")
     assert policy.metadata["engine"] == {"mode": "eager"}
     observation = policy.example_observation()
@@ -640,7 +640,7 @@ def test_engine_is_copied_with_its_model_and_settings(copied):
     assert other.model is not engine.model
 
 
-def test_engine_of_inference_mode_serves_guidance_outside():
+def test_engine_built_in_inference_mode_supports_guidance_outside():
     model, arguments = make_model(), {"noise": noise_of(), "num_steps": 2, **conditions(("guidance",))}
     with torch.inference_mode():
         engine = InferenceEngine(model, mode="eager")

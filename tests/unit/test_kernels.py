@@ -124,7 +124,7 @@ def test_attend_equals_the_models_with_its_mask(groups, num_state_tokens):
         pytest.param("engine and of_fp8", marks=pytest.mark.slow),
     ],
 )
-def test_triton_kernels_equal_the_twins_in_the_interpreter(subject):
+def test_triton_kernels_equal_the_plain_ones_in_the_interpreter(subject):
     pytest.importorskip("triton")
     file = pathlib.Path(__file__).with_name("triton_kernels.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -113,7 +113,7 @@ def test_matmul_of_every_gpu_with_fp8_equals_the_emulation(capability, row_scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_input_that_is_rounded_before_gives_the_same_bits(dtype):
+def test_input_rounded_beforehand_gives_the_same_bits(dtype):
     layer, x = random_linear(bias=True)
     fp8, x = q.QuantizedLinear(layer, "fp8", 0.004), x.to(dtype)
     packed = q.takes_rounded(fp8, dtype)
@@ -148,7 +148,7 @@ def test_rows_and_weights_of_zeros_give_zeros(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_the_input_passes_over_its_rounding(kind):
+def test_input_gradient_ignores_rounding(kind):
     layer, x = random_linear()
     quantized_layer = q.QuantizedLinear(layer, kind, 0.01 if kind == "fp8" else None)
     x.requires_grad_()
@@ -170,7 +170,7 @@ def test_layers_keep_dtypes_and_values_when_the_model_is_cast(kind):
     torch.testing.assert_close(moved(x), before, rtol=1e-2, atol=1e-2)  # the bias is rounded
 
 
-def test_calibrated_scales_are_the_maxima_that_were_seen():
+def test_calibrated_scales_come_from_the_largest_inputs():
     model, seen = make_model(), {}
     for name, layer in q.large_layers(model).items():
         forward = layer.rows
@@ -191,7 +191,7 @@ def test_calibrated_scales_are_the_maxima_that_were_seen():
 
 @pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("fp8", 0.1)])
-def test_actions_stay_near_those_in_float32_and_the_engine_samples_the_same(kind, most, pi05):
+def test_actions_stay_near_float32_and_the_engine_samples_the_same(kind, most, pi05):
     model = quantized(kind, pi05=pi05)
     for rtc in ({}, conditions(("guidance", "action_prefix"))):
         actions, exact = samples(model, **rtc), samples(make_model(pi05=pi05), **rtc)
@@ -204,7 +204,7 @@ def test_actions_stay_near_those_in_float32_and_the_engine_samples_the_same(kind
         torch.testing.assert_close(engine, actions, rtol=0, atol=1e-3 * exact.abs().max().item())
 
 
-def test_quantization_that_cannot_be_names_the_remedy():
+def test_impossible_quantization_error_names_the_remedy():
     model = make_model()
     with pytest.raises(ValueError, match=r"Unknown quantization 'int4'; expected fp8 or int8\."):
         q.quantize_model(model, "int4")
@@ -231,7 +231,7 @@ def test_weights_with_nan_are_refused(kind):
     assert q.quantization_of(model) is None
 
 
-def test_calibration_that_meets_nan_is_refused():
+def test_calibration_with_nan_is_refused():
     model = make_model()
     with torch.no_grad():
         model.vision.pos_embed[0, 0] = torch.nan
@@ -240,7 +240,7 @@ def test_calibration_that_meets_nan_is_refused():
     assert q.quantization_of(model) is None
 
 
-def test_devices_without_the_matmul_are_refused(monkeypatch):
+def test_unsupported_devices_are_refused(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
@@ -304,7 +304,7 @@ def test_quantized_folder_is_small_and_samples_the_same_bits_again(kind, folders
     assert json.loads((tmp_path / "again" / "policy.json").read_text())["quantization"] == document["quantization"]
 
 
-def test_calibration_depends_on_dataset_and_seed_alone(folders, source, dataset, tmp_path):
+def test_calibration_depends_only_on_dataset_and_seed(folders, source, dataset, tmp_path):
     expected = torchpi.load_policy(folders / "fp8", device="cpu")
     quantization = quantize_policy(source, tmp_path / "one", "fp8", dataset=dataset, num_observations=5)
     assert quantization == q.quantization_of(expected.model)
@@ -332,7 +332,7 @@ def test_doctor_and_compare_read_a_quantized_policy(kind, folders, source, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_of_compare_end_in_the_actions_that_the_policy_samples(kind, folders):
+def test_compare_stages_end_in_the_policys_actions(kind, folders):
     policy = torchpi.load_policy(folders / kind, device="cpu")
     noise = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
     found, _ = _stages_of(policy, request(policy), noise, 10)
@@ -347,7 +347,7 @@ def error_of(capsys, *command):
     return capsys.readouterr().err
 
 
-def test_mistakes_of_the_command_are_errors_that_name_the_remedy(folders, source, dataset, tmp_path, capsys):
+def test_command_errors_name_the_remedy(folders, source, dataset, tmp_path, capsys):
     out = ["-o", tmp_path / "out"]
     assert "give a dataset of the robot (--dataset)" in error_of(capsys, "quantize", source, "--to", "fp8", *out)
     data = ["--dataset", dataset]
@@ -390,7 +390,7 @@ LAYER = "expert.layers.0.attention.qkv"
             d["quantization"]["input_scales"], 1.0)}), "has dtype I8; policy.json says torch.float8_e4m3fn"),
     ],
 )  # fmt: skip
-def test_folder_that_contradicts_itself_is_refused(change, message, folders, tmp_path):
+def test_contradictory_folder_is_refused(change, message, folders, tmp_path):
     shutil.copytree(folders / "int8", tmp_path / "policy")
     file = tmp_path / "policy" / "policy.json"
     document = json.loads(file.read_text())

@@ -76,7 +76,7 @@ def test_depth_in_metres_of_floats():
     assert sent[..., 0].tolist() == [[0, 250, 65535]]
 
 
-def test_camera_in_the_form_of_the_policy():
+def test_image_is_converted_to_the_policys_form():
     topic = CameraTopic("front", "/front", IMAGE)
     message = rgb((255, 0, 51))
     assert Camera(topic, layout="chw").read(message).shape == (3, 2, 4)

@@ -189,7 +189,7 @@ def test_wrong_settings_are_named(changes, match):
         settings(**changes)
 
 
-def test_files_that_are_no_settings(tmp_path):
+def test_invalid_settings_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no settings file ''"):
         load_config("")
     file = tmp_path / "robot.yaml"
@@ -250,7 +250,7 @@ def test_settings_that_contradict_the_server_are_refused(metadata, changes, matc
         make_plan(settings(**changes), {**METADATA, **metadata})
 
 
-def test_limits_of_settings_win_over_the_servers():
+def test_limits_in_settings_override_the_servers():
     stated = {**METADATA, "action_limits": {"low": [-90, 0], "high": [90, 100], "max_step": [None, None]}}
     limits = make_plan(settings(limits={"arm": {"max_step": 3, "high": 45}}), stated).settings.limits
     assert limits.low.tolist() == [-90, 0]
@@ -258,7 +258,7 @@ def test_limits_of_settings_win_over_the_servers():
     assert limits.max_step.tolist() == [3, np.inf]
 
 
-def test_openpi_server_takes_order_and_commands_of_the_settings():
+def test_order_and_commands_for_openpi_server_come_from_settings():
     control = {"control_hz": 15, "action_commands": ["position", "position"]}
     plan = make_plan(settings(control=control), {})
     assert plan.action_names == ("arm", "hand")
@@ -354,7 +354,7 @@ def joints(stamp, angle=0.0):
     return joint_state({"arm_joint": angle, "hand_joint": 0.0}, stamp)
 
 
-def test_messages_of_one_moment_are_put_together():
+def test_messages_of_the_same_time_form_one_observation():
     """The front camera at 5 Hz, the wrist's at 25 Hz, joints at 100 Hz; each message says its moment."""
     ros, node = sensors()
     for tick in range(101):
@@ -372,7 +372,7 @@ def test_messages_of_one_moment_are_put_together():
     assert node.problem is None
 
 
-def test_joints_of_several_publishers_of_one_topic():
+def test_joints_from_several_publishers_of_one_topic():
     parts = [{"topic": "/joint_states", "dimensions": ["hand"]}, {"topic": "/joint_states", "dimensions": ["arm"]}]
     ros, node = sensors(state={"state": parts})
     ros.send("/front", front(1000))
@@ -430,7 +430,7 @@ def test_reason_for_no_observation_is_named(case, match):
         RosPolicy(FakeServer(METADATA, None), node).infer(node.snapshot())
 
 
-def test_stamps_of_another_clock_by_time_of_arrival():
+def test_stamps_of_another_clock_are_replaced_by_arrival_times():
     ros, node = sensors(time="arrival")
     for topic, message in (("/front", front(0)), ("/wrist", wrist(12)), ("/joint_states", joints(1e9))):
         ros.send(topic, message)
@@ -441,7 +441,7 @@ def test_stamps_of_another_clock_by_time_of_arrival():
     assert node.problem is None  # the wrist's is the slowest: its moment counts
 
 
-def test_simulation_that_begins_again_is_followed():
+def test_restarted_simulation_is_followed():
     ros, node = sensors()
     for time in (1000, 500):
         ros.time = time
@@ -455,7 +455,7 @@ def test_simulation_that_begins_again_is_followed():
         clock.now()
 
 
-def test_overtaken_message_is_left_out():
+def test_overtaken_message_is_dropped():
     ros, node = sensors()
     for stamp in (1000.0, 999.98):
         ros.send("/joint_states", joints(stamp, stamp - 1000))
@@ -482,7 +482,7 @@ def test_observations_lead_to_commands_in_the_units_of_each_side():
     assert rig.server.arguments["url"] == "ws://fake:8000"
 
 
-def test_robot_is_held_without_a_camera_and_goes_on_when_it_returns():
+def test_robot_is_held_without_a_camera_and_resumes_when_it_returns():
     def before(step):
         if step == 12:
             rig.silent.add("/front")
@@ -558,7 +558,7 @@ def test_first_command_is_one_step_from_the_present_position(caplog):
     assert "arm is at 28.65, outside the training range, 50 to 100" in caplog.text
 
 
-def test_instruction_of_a_topic():
+def test_instruction_from_topic():
     rig = Rig(
         before=lambda step: rig.ros.send("/prompt", text(" stop ")) if step == 10 else None, prompt_topic="/prompt"
     )
@@ -566,13 +566,13 @@ def test_instruction_of_a_topic():
     assert [rig.server.requests[i]["prompt"] for i in (0, -1)] == ["go", "stop"]
 
 
-def test_node_waits_for_the_instruction_of_a_topic():
+def test_node_waits_for_instruction_from_topic():
     rig = Rig(prompt=None, prompt_topic="/prompt", wait=3, monotonic=itertools.count().__next__, max_age=100)
     with pytest.raises(TimeoutError, match="No observation after 3 s: no instruction received on /prompt"):
         rig.run()
 
 
-def test_real_time_chunking_reaches_the_server_beside_the_observation():
+def test_rtc_fields_reach_the_server_with_the_observation():
     rig = Rig(metadata={**METADATA, RTC: True}, control={"mode": "rtc"})
     rig.run()
     request = rig.server.requests[-1]
@@ -580,7 +580,7 @@ def test_real_time_chunking_reaches_the_server_beside_the_observation():
     assert set(request) == {"images", "state", "prompt", RTC}
 
 
-def test_topic_that_never_comes_is_named_with_its_publishers():
+def test_silent_topic_is_named_with_its_publishers():
     rig = Rig(wait=0.5, monotonic=itertools.count().__next__)
     rig.ros.others = {"/front": [COMPRESSED]}
     with pytest.raises(
@@ -644,7 +644,7 @@ def test_damaged_images_hold_the_robot_and_are_named():
     assert "cannot decode 200 bytes" in rig.beats[-1].message
 
 
-def test_stop_before_the_topics_are_there():
+def test_stop_while_waiting_for_topics():
     rig = Rig()
     rig.control.stop()
     assert rig.control.run() is None

@@ -24,7 +24,7 @@ def guided_velocity(velocity, x_t: torch.Tensor, t: float, guided_by: Guidance) 
     return guided_by.wrap(lambda x, _: velocity(x))(x_t, time)
 
 
-def test_weights_are_the_papers():
+def test_guidance_weights_equal_the_papers():
     (weights,) = prefix_weights(8, torch.tensor([2]), torch.tensor([3]))
     expected = []
     for i in range(8):
@@ -41,7 +41,7 @@ def test_each_sample_has_its_own_delay():
 
 
 @pytest.mark.parametrize("t", [1.0, 0.9, 0.5, 0.1])
-def test_the_gradient_is_that_of_finite_differences(t):
+def test_gradient_equals_finite_differences(t):
     """Of half the weighted squared distance between the target and where the path leads, with the sign turned."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 6, generator=generator)
@@ -77,7 +77,7 @@ def test_guidance_brings_a_toy_flow_nearer_to_the_target():
     assert ends[0] > ends[1] > ends[2]
 
 
-def test_nothing_to_agree_with_is_plain_sampling(golden):
+def test_guidance_without_target_is_plain_sampling(golden):
     model, observation = golden.model(), golden.observation()
     noise = golden.inputs["noise"]
     nothing = guidance(torch.zeros_like(noise), torch.zeros_like(noise))
@@ -111,7 +111,7 @@ def request_(policy):
     return observation, noise
 
 
-def test_a_short_prefix_counts_for_its_steps_only(policy, request_):
+def test_short_prefix_guides_only_its_steps(policy, request_):
     """Missing steps are masked: zeros in their place would pull the chunk to zero."""
     observation, (noise, _) = request_
     old = np.full((2, 4), 0.25, np.float32)
@@ -160,7 +160,7 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
     np.testing.assert_allclose(back[0], 0.3, atol=1e-6)
 
 
-def test_guidance_is_in_the_models_terms_and_counts_only_where_there_is_a_prefix(monkeypatch):
+def test_guidance_is_normalized_and_applies_only_to_the_prefix(monkeypatch):
     """Normalized and relative to the new state; nothing behind the prefix, nor at padded dimensions."""
     robot = torchpi.Embodiment.generic(
         "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c"], delta=["a", "b"]
@@ -187,7 +187,7 @@ def test_guidance_is_in_the_models_terms_and_counts_only_where_there_is_a_prefix
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own, as it compiles
-def test_another_delay_or_horizon_compiles_nothing_anew(monkeypatch):
+def test_other_delay_or_horizon_does_not_recompile(monkeypatch):
     """They are tensors from the beginning, and change no shape."""
     # What is compiled is the sampler, not the tests' checks of its shapes.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
@@ -224,7 +224,7 @@ def test_another_delay_or_horizon_compiles_nothing_anew(monkeypatch):
         ({"action_prefix": np.full((3, 4), np.nan, np.float32)}, "NaN"),
     ],
 )
-def test_prefixes_that_can_not_be_are_errors(policy, request_, options, message):
+def test_invalid_prefixes_are_refused(policy, request_, options, message):
     observation, noise = request_
     with pytest.raises(ValueError, match=message):
         policy.infer(observation, noise=noise[0], **{"action_prefix": np.zeros((12, 4), np.float32), **options})

@@ -71,7 +71,7 @@ def test_server_sends_metadata_then_a_chunk_per_observation():
         assert client.ask(observation())["server_timing"]["prev_total_ms"] > 0
 
 
-def test_path_chooses_the_policy():
+def test_path_selects_policy():
     with served(FakePolicy(name="a"), FakePolicy(name="b")) as (url, _), contextlib.ExitStack() as stack:
         names = [Client(url + path, stack).metadata()["name"] for path in ("/", "/p0", "/p1", "/p1?x=1")]
         assert names == ["a", "a", "b", "b"]
@@ -80,14 +80,14 @@ def test_path_chooses_the_policy():
         assert http(url, "/p2") == (404, "There is no policy at /p2; this server has /p0, /p1.\n")
 
 
-def test_request_may_bring_noise_and_num_steps():
+def test_request_sets_noise_and_num_steps():
     noise = np.random.default_rng(0).standard_normal((H, A))
     with served(FakePolicy()) as (url, _), clients(url) as [client]:
         answer = client.ask({**observation(5.0), "torchpi/noise": noise, "torchpi/num_steps": 2})
         np.testing.assert_allclose(answer["actions"], 2 * noise[:, :2].astype(np.float32) + [5, 2], rtol=1e-6)
 
 
-def test_real_time_chunking_request_has_a_batch_of_its_own():
+def test_rtc_request_gets_a_separate_batch():
     policy, rest = FakePolicy(), np.ones((2, 2), np.float32)
     with served(policy) as (url, _), clients(url) as [client]:
         rtc = {"action_prefix": rest, "delay": 1, "execution_horizon": 2}
@@ -227,7 +227,7 @@ def test_batch_of_a_real_policy_has_the_answers_of_single_requests():
         np.testing.assert_allclose(answer.chunk["actions"], alone["actions"], atol=1e-5)
 
 
-def test_requests_with_other_num_steps_are_another_batch():
+def test_requests_with_different_num_steps_are_not_batched():
     policy = FakePolicy()
     with served(policy) as (url, server), clients(url, 3) as three:
         policy.hold()
@@ -259,7 +259,7 @@ def test_a_client_that_sends_many_requests_does_not_get_ahead_of_the_others():
         assert policy.batches == [[10.0], [0.0], [11.0], [12.0]]
 
 
-def test_a_bad_observation_fails_alone_and_its_connection_stays():
+def test_bad_observation_fails_alone_and_keeps_its_connection():
     policy = FakePolicy()
     with served(policy) as (url, server), clients(url, 4) as four:
         policy.hold()
@@ -277,7 +277,7 @@ def test_a_bad_observation_fails_alone_and_its_connection_stays():
         assert "actions" in four[2].ask(observation())
 
 
-def test_end_of_a_connection_is_logged_in_words(caplog):
+def test_log_describes_end_of_connection(caplog):
     caplog.set_level("INFO")
     with served(FakePolicy()) as (url, _):
         with clients(url) as [client]:
@@ -436,7 +436,7 @@ def test_rate_limit_refills_with_time():
     ]
 
 
-def test_oversized_message_ends_its_connection_alone():
+def test_oversized_message_ends_only_its_connection():
     with served(FakePolicy(), max_message_mb=0.01) as (url, _), clients(url, 2) as [client, other]:
         client.send(bytes(20_000))
         assert close_code(client) == 1009
@@ -459,7 +459,7 @@ def test_oversized_message_ends_its_connection_alone():
     ],
     ids=["text", "empty", "reserved", "truncated", "surplus", "ext", "huge", "object", "length", "deep"],
 )
-def test_malformed_frame_gets_an_error_and_ends_its_connection_alone(frame):
+def test_malformed_frame_gets_an_error_and_ends_only_its_connection(frame):
     with served(FakePolicy()) as (url, _), clients(url, 2) as [client, other]:
         if frame != msgpack.packb(msgpack.ExtType(1, b"x")):
             assert code(client.ask(frame)) == "malformed_message"
@@ -597,7 +597,7 @@ def test_metrics_count_requests_batches_and_connections():
         assert metric(url, "torchpi_queue_length") == 0
 
 
-def test_cut_prompts_are_counted_and_said_in_the_answer():
+def test_cut_prompts_are_counted_and_reported_in_the_answer():
     policy = FakePolicy()
     infer_all = policy.infer_batch
 
@@ -639,7 +639,7 @@ def test_policies_are_parsed_by_name():
         policy_paths(None, [])
 
 
-def test_options_of_one_policy_are_refused_for_several():
+def test_options_for_a_single_policy_are_refused_with_several():
     with pytest.raises(ValueError, match="embodiment can only be given for POLICY, not for --policies"):
         run_serve(None, ["arm=demo"], ServeSettings(port=0), record=None, load={"embodiment": "aloha"}, run={})
 
@@ -679,7 +679,7 @@ def test_missing_checkpoint_is_an_error_before_any_policy_is_loaded(policy, name
         ("hf://a/b", {}, {}, {"device": "tpu0"}, "Unknown device 'tpu0'"),
     ],
 )
-def test_an_option_that_does_not_fit_is_refused_before_the_server_listens(policy, settings, load, run, message, caplog):
+def test_invalid_option_is_refused_before_the_server_listens(policy, settings, load, run, message, caplog):
     with caplog.at_level(logging.INFO), pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
         run_serve(policy, (), ServeSettings(port=0, **settings), record=None, load=load, run=run)
     assert not caplog.text

@@ -53,7 +53,7 @@ def asked_and_answered(dashboard, robot, at, until, previous=None):
 # ---- over HTTP ----
 
 
-def test_the_summary_has_each_robot_with_its_images_state_and_chunk():
+def test_summary_has_images_state_and_chunk_of_each_robot():
     with served(FakePolicy(), FakePolicy()) as (url, _), clients(url) as [first], clients(url + "/p1") as [second]:
         image = np.full((6, 8, 3), 200, np.uint8)
         chunk = first.ask({**observation(5.0), "camera": image, "prompt": HOSTILE})["actions"]
@@ -133,7 +133,7 @@ def test_executed_steps_are_reported_by_the_robot():
         client.receive()
 
 
-def test_the_page_runs_its_own_script_and_nothing_else():
+def test_page_runs_only_its_own_script():
     with served(FakePolicy()) as (url, _), clients(url) as [client]:
         client.ask({**observation(), "prompt": HOSTILE})
         status, headers, body = read(url, "/")
@@ -148,7 +148,7 @@ def test_the_page_runs_its_own_script_and_nothing_else():
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
 
 
-def test_the_token_protects_it():
+def test_token_protects_the_dashboard():
     with served(FakePolicy(), token="a+b/c d") as (url, _):
         key = {"Authorization": "Bearer a+b/c d"}
         for path in ("/", "/dashboard.json", "/chunk/0.json", "/frame/0/x.jpg", "/?token=wrong", "/?token"):
@@ -161,7 +161,7 @@ def test_the_token_protects_it():
         assert read(url, "/", **key)[0] == 200
 
 
-def test_without_a_token_no_other_host_name_leads_to_a_local_server():
+def test_local_server_without_token_refuses_other_host_names():
     with served(FakePolicy()) as (url, _):
         port = urllib.parse.urlsplit(url).port
         hosts = [f"localhost:{port}", "127.0.0.1", "[::1]:1", "evil.example", f"127.0.0.1.evil.example:{port}", ""]
@@ -170,7 +170,7 @@ def test_without_a_token_no_other_host_name_leads_to_a_local_server():
         assert read(url, "/dashboard.json", Host="robot.example", Authorization="Bearer t")[0] == 200
 
 
-def test_a_policy_may_not_have_the_dashboards_name():
+def test_policy_named_like_a_page_is_refused():
     with pytest.raises(ValueError, match="taken"):
         policy_paths(None, ["dashboard.json=demo"])
 
@@ -230,14 +230,14 @@ def test_numbers_that_are_not_finite_are_null(dashboard, robot):
     assert (x["values"], y["values"]) == ([None, 0.1235], [None, 1e-9])
 
 
-def test_a_plot_knows_the_range_of_its_dimension(dashboard):
+def test_chunk_has_the_training_range_of_each_dimension(dashboard):
     policy = FakePolicy(action_range={"low": [-1.0, 0.0], "high": [1.0, 0.5]})
     robot = dashboard.join(7, "p0", policy, "")
     asked_and_answered(dashboard, robot, at=1.0, until=2.0)
     assert [each["span"] for each in dashboard.chunk(7)["dimensions"]] == [2.0, 0.5]
 
 
-def test_robots_that_left_are_forgotten(dashboard):
+def test_robots_are_forgotten_after_leaving(dashboard):
     for number in range(3 * MAX_LEFT):
         robot = dashboard.join(number, "p0", FakePolicy(), "")
         asked_and_answered(dashboard, robot, at=1.0, until=2.0)
@@ -263,6 +263,6 @@ def test_latency_per_second_of_the_last_minute():
     assert len(timeline.rows(399.0)) == module.SECONDS
 
 
-def test_large_images_are_made_small():
+def test_large_images_are_shrunk():
     data = module.encode_jpeg(np.zeros((1080, 1920, 3), np.uint8))
     assert Image.open(io.BytesIO(data)).size == (480, 270)

@@ -49,7 +49,7 @@ def test_numbers_beyond_float32_are_refused_with_their_key(value):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("other", [1.0, 1e300])
-def test_nan_and_infinity_are_left_to_the_embodiment_that_names_the_joint(bad, other):
+def test_embodiment_refuses_nan_and_infinity_and_names_the_joint(bad, other):
     observation, _ = read({"state": np.array([other, bad]), "x": float(bad)})
     np.testing.assert_array_equal(observation["state"], [other, bad])
 
@@ -81,7 +81,7 @@ def test_floats_without_a_pytorch_dtype_are_refused():
     assert "x is float128" in refusal({"x": scalar})
 
 
-def test_jpeg_entry_is_left_to_its_decoder():
+def test_jpeg_is_checked_by_its_decoder():
     deep = 0.0
     for _ in range(900):
         deep = [deep]
@@ -123,7 +123,7 @@ def test_numpys_integers_are_integers():
         ({"__ndarray_class__": True, "as_npy": b"..."}, "GR00T's client"),
     ],
 )
-def test_arrays_of_other_formats_are_named(packed, origin):
+def test_arrays_in_other_formats_are_refused_by_name(packed, origin):
     frame = msgpack.packb({"prompt": "go", "images": {"base": packed}})
     with pytest.raises(
         RequestError, match=f"{origin}.*expected msgpack as openpi_client.msgpack_numpy and torchpi_client"

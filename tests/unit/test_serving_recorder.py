@@ -132,7 +132,7 @@ def test_optional_camera_absent_from_the_first_episode_gets_another_cameras_size
     np.testing.assert_array_equal(found, [image(12, 16, value) for value in (0, 0, 9)])
 
 
-def test_misfitting_requests_alone_are_lost_and_logged_once_per_client(tmp_path, caplog):
+def test_mismatched_requests_are_lost_and_logged_once_per_client(tmp_path, caplog):
     metrics = Metrics()
     good, large, huge = {"base": image(6, 8)}, {"base": image(12, 16)}, np.array([1e300, 0.0])
     requests = [(0, good), (0, large), (1, large), (0, large), (1, good), (0, {**good, "state": huge}), (0, good)]

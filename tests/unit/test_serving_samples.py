@@ -60,7 +60,7 @@ def test_server_answers_with_samples_and_their_spread_on_the_page_and_in_the_met
         ({"num_samples": 2, "num_steps": 1, "pick": "velocity_residual"}, "every path is straight"),
     ],
 )
-def test_settings_of_samples_that_mean_nothing_are_errors_at_the_start(wrong, message):
+def test_meaningless_sample_settings_are_refused_at_the_start(wrong, message):
     with pytest.raises(ValueError, match=message):
         ServeSettings(**wrong)
 

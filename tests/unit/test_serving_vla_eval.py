@@ -141,7 +141,7 @@ def test_images_arrive_as_sent_in_the_layout_of_the_policy():
             np.testing.assert_array_equal(seen[-1], np.moveaxis(IMAGE, -1, 0))
 
 
-def test_peer_of_another_version_is_refused_by_name_until_it_says_the_right_one():
+def test_other_protocol_version_is_refused_until_a_valid_hello():
     with benchmarks(FakePolicy()) as (url, _), contextlib.ExitStack() as stack:
         peer = Benchmark(url, stack)
         assert "protocol_version: observation came before a hello" in peer.error("observation", observed())
@@ -176,7 +176,7 @@ def test_peer_of_another_version_is_refused_by_name_until_it_says_the_right_one(
         (observed(other=np.zeros(2, np.longdouble)), ["other", "64 bits"]),
     ],
 )
-def test_observation_without_what_the_policy_needs_is_an_error_by_name(payload, words):
+def test_missing_observation_keys_are_named(payload, words):
     with benchmarks(FakePolicy()) as (url, (benchmark,)):
         benchmark.send("episode_start", {})
         text = benchmark.error("observation", payload)
@@ -188,7 +188,7 @@ def test_observation_without_what_the_policy_needs_is_an_error_by_name(payload, 
         assert metric(url, 'torchpi_requests_total{outcome="bad_observation",policy="p0"}') == 2
 
 
-def test_unknown_message_is_an_error_and_the_connection_stays():
+def test_unknown_message_is_an_error_and_keeps_the_connection():
     with benchmarks(FakePolicy()) as (_, (benchmark,)):
         for kind in ("action", "reset", ""):
             text = benchmark.error(kind, {})
@@ -233,7 +233,7 @@ def test_failure_of_the_policy_is_an_error_message():
         assert benchmark.ask("observation", observed()).shape == (2,)
 
 
-def test_clients_find_out_when_the_server_is_ready():
+def test_health_page_reports_readiness():
     policy = FakePolicy(held=True)
     with served(policy, protocol="vla-eval", rename=RENAME) as (url, server), contextlib.ExitStack() as stack:
         assert http(url, "/health") == (503, '{"status": "not ready"}\n')
@@ -249,7 +249,7 @@ def test_clients_find_out_when_the_server_is_ready():
         assert http(url, "/health")[0] == 404
 
 
-def test_hello_for_liberos_policies_asks_for_what_they_read_and_says_what_actions_are():
+def test_hello_describes_liberos_observations_and_actions():
     policy = FakePolicy()
     policy.embodiment = get_embodiment("pi05_libero")
     policy.example_observation = policy.embodiment.example_observation
@@ -269,7 +269,7 @@ def test_hello_for_liberos_policies_asks_for_what_they_read_and_says_what_action
         assert "lacks images.wrist" in benchmark.error("observation", {**payload, "images": {"agentview": IMAGE}})
 
 
-def test_keys_of_a_benchmark_are_checked_at_the_start():
+def test_benchmark_keys_are_checked_at_the_start():
     robot = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["x"], actions=["x"])
     rename = ["images.primary=front", "state.robot0_eef=state"]
     assert key_sources(robot, rename) == {"front": "images.primary", "state": "state.robot0_eef"}

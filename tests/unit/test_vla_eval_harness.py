@@ -79,7 +79,7 @@ def served(policy):
         yield url
 
 
-def test_harness_runs_a_policy_with_what_it_reads_and_finds_its_specs_right(policy, caplog):
+def test_harness_runs_a_policy_and_accepts_its_specs(policy, caplog):
     seen = []
     infer = policy.infer_batch
 

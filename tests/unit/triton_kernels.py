@@ -201,7 +201,7 @@ def test_attend_is_deterministic_and_resets_its_counters(kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_to_fp8_rounds_to_the_bits_of_the_twin(kernels, dtype):
+def test_to_fp8_rounds_to_the_same_bits_as_the_plain_one(kernels, dtype):
     edges = [0.0, -0.0, 17, 18, 19, 2**-10, 3 * 2**-10, 2**-11, 447, 448, 464, 465, -1e30, np.inf, -np.inf, np.nan]
     edges = torch.tensor(edges, device=DEVICE)
     values = torch.cat([edges, edges * 0.3, *(normal(200) * 10.0**i for i in range(-4, 4))]).to(dtype)[None, None]
@@ -241,7 +241,7 @@ def test_fp8_output_of_every_kernel_is_its_output_rounded(kernels, monkeypatch, 
         assert expected.float().abs().max() == 448  # some are too large
 
 
-def test_linear_geglu_of_fp8_equals_the_twin(kernels):
+def test_fp8_linear_geglu_equals_the_plain_one(kernels):
     x, weight = PLAIN.to_fp8(normal(2, 17, 72), 0.01), PLAIN.to_fp8(normal(200, 72), 0.01)
     arguments = x, weight, 1e-4 * (1 + torch.rand(200, device=DEVICE)), 0.3
     got, expected = (operations.linear_geglu(*arguments).float() for operations in (kernels, PLAIN))
@@ -250,14 +250,14 @@ def test_linear_geglu_of_fp8_equals_the_twin(kernels):
     assert (got != expected).float().mean() < 0.01
 
 
-def test_another_stream_has_counters_of_its_own(kernels):
+def test_another_stream_has_its_own_counters(kernels):
     assert kernels.for_another_stream().attend is not kernels.attend
     assert PLAIN.for_another_stream() is PLAIN
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "of_fp8"])
 @pytest.mark.parametrize("pi05", [True, False])
-def test_engine_on_the_kernels_samples_what_the_model_samples(kernels, pi05, fp8):
+def test_engine_with_kernels_samples_the_models_actions(kernels, pi05, fp8):
     model = make_model(pi05=pi05).to(DEVICE)
     observation, noise = make_observation(lengths=(17, 9)).to(DEVICE), noise_of(2).to(DEVICE)
     if fp8:
