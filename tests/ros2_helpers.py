@@ -1,4 +1,4 @@
-"""ROS without ROS: messages of rosbags' type store behind the node's seam, each one through CDR, as over a network."""
+"""Fake ROS for the node: messages from rosbags' type store, serialized with CDR as over a network."""
 
 import io
 
@@ -12,20 +12,20 @@ STORE = get_typestore(Stores.ROS2_HUMBLE)
 
 
 class FakeRos:
-    """Topics in memory, and a clock that a test sets."""
+    """Topics in memory, and a clock set by the test."""
 
     def __init__(self, time=1000.0, store=STORE):
         self.time = time
         self.store = store
         self.callbacks = {}
         self.on_publish = lambda topic, count: None
-        """Called with the number of messages that the topic has had."""
+        """Called with the number of messages on the topic so far."""
         self.sent = {}
-        """Per topic the messages that were published, as a subscriber gets them."""
+        """Published messages per topic, as a subscriber receives them."""
         self.others = {}
-        """Types with which others publish a topic."""
+        """Message types of other publishers per topic."""
         self.listeners = {}
-        """And those with which others subscribe to it."""
+        """Message types of other subscribers per topic."""
 
     def subscribe(self, topic, kind, callback):
         self.callbacks.setdefault(topic, []).append((kind, callback))
@@ -68,7 +68,7 @@ class FakeRos:
     def send(self, topic, message):
         message = self.transmitted(message)
         for kind, callback in self.callbacks.get(topic, []):
-            if kind == message.__msgtype__:  # others are not connected
+            if kind == message.__msgtype__:  # other types do not connect
                 callback(message)
 
 
@@ -104,7 +104,7 @@ def compressed(pixels, text, stamp=1000.0, **options):
 
 
 def joint_state(joints, stamp=1000.0, **arrays):
-    """Joints by name and position; other arrays as they are."""
+    """Joints by name and position; other arrays unchanged."""
     fields = {"position": list(joints.values()), "velocity": [], "effort": [], **arrays}
     fields = {name: np.array(values, np.float64) for name, values in fields.items()}
     return STORE.types["sensor_msgs/msg/JointState"](header=header(stamp), name=list(joints), **fields)
@@ -115,7 +115,7 @@ def text(data):
 
 
 class FakeServer:
-    """A client of a server that a test scripts: `answers` maps an observation to a chunk or raises."""
+    """Client of a scripted server: `answers` maps an observation to a chunk or raises."""
 
     url = "ws://fake:8000"
     reconnects = 0
@@ -140,7 +140,7 @@ class FakeServer:
 
 
 class StepClock:
-    """A virtual clock: at each sleep it advances ROS's time, too, and calls `on_step` with the number of the step."""
+    """Virtual clock. Each sleep also advances the ROS time, and calls `on_step` with the number of the step."""
 
     def __init__(self, ros, on_step=lambda step: None):
         self.ros, self.on_step, self.step = ros, on_step, 0
@@ -155,7 +155,7 @@ class StepClock:
 
 
 class DirectInference:
-    """Answers at once, in the loop's thread."""
+    """Inference that answers immediately, in the loop's thread."""
 
     def __init__(self, policy, ros):
         self.policy, self.ros, self.answer = policy, ros, None

@@ -1,4 +1,4 @@
-"""A policy whose every pass a test controls, and a client that sees each frame."""
+"""Policy whose forward passes a test controls, and a client that works frame by frame."""
 
 import contextlib
 import threading
@@ -18,12 +18,12 @@ from torchpi.serving.settings import ServeSettings
 from torchpi_client import pack, unpack
 
 H, A = 4, 3
-SECONDS = 20.0  # a test that waits this long has failed
+SECONDS = 20.0  # time limit of every wait in the tests
 
 
 @contextlib.contextmanager
 def one_thread():
-    """PyTorch has a pool of threads for each thread that uses it; on a small machine they wait for each other."""
+    """Use one PyTorch thread: each calling thread has its own pool, and pools compete for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def one_thread():
 
 
 class FakePolicy:
-    """Its actions are noise · num_steps + state, [4, 2]. It waits at the beginning of each pass while it is held."""
+    """Policy whose actions [4, 2] are noise · num_steps + state. While held, forward passes wait at their beginning."""
 
     engine = None
 
@@ -48,11 +48,11 @@ class FakePolicy:
             metadata={"reset_pose": [0.0, -1.5], **fields},
         )
         self.batches = []
-        """Per pass after the warm-up the states' first numbers."""
+        """First state values of each batch after the warm-up."""
         self.prefixes = []
-        """Per pass those of its requests."""
+        """Previous chunks of each batch after the warm-up."""
         self.failure = None
-        """Raised by each pass."""
+        """Error raised by each forward pass."""
         self._free = threading.Event()
         self._begun = threading.Semaphore(0)
         if not held:
@@ -87,13 +87,13 @@ class FakePolicy:
         ]
 
     def hold(self):
-        """From now on every pass waits at its beginning."""
+        """Make every forward pass wait at its beginning from now on."""
         self._free.clear()
         while self._begun.acquire(blocking=False):
             pass
 
     def wait_until_begun(self):
-        """Wait for the beginning of a pass that was not waited for yet."""
+        """Wait for the next forward pass to begin."""
         assert self._begun.acquire(timeout=SECONDS)
 
     def release(self):
@@ -106,7 +106,7 @@ def observation(first=0.0, **fields):
 
 @contextlib.contextmanager
 def served(*policies, recorder=None, view=None, **settings):
-    """A server of these policies as /p0, /p1, …; they are released at the end, so that it can end."""
+    """Serve these policies as /p0, /p1, …, and release them at the end so that the server can stop."""
     load = {f"p{i}": lambda policy=policy: policy for i, policy in enumerate(policies)}
     settings = ServeSettings(**{"port": 0, "max_batch": 3, **settings})
     with running_server(load, settings, recorder=recorder, view=view) as (address, server):
@@ -118,13 +118,13 @@ def served(*policies, recorder=None, view=None, **settings):
 
 
 def serve_fake(pipe, settings):
-    """`served` in a process of its own, for `server_process`."""
+    """Run `served` in a separate process, for `server_process`."""
     with served(FakePolicy(), **settings) as (address, _):
         announce(pipe, address)
 
 
 class Client:
-    """A connection, frame by frame."""
+    """Connection to a server, frame by frame."""
 
     def __init__(self, url, stack, **arguments):
         connection = connect(url, compression=None, proxy=None, open_timeout=SECONDS, **arguments)
@@ -150,10 +150,10 @@ class Client:
 def clients(url, count=1, **arguments):
     """Connections that have read their metadata."""
     with contextlib.ExitStack() as stack:
-        found = [Client(url, stack, **arguments) for _ in range(count)]
-        for client in found:
+        connected = [Client(url, stack, **arguments) for _ in range(count)]
+        for client in connected:
             client.metadata()
-        yield found
+        yield connected
 
 
 def http(url, path, authorization=None):
@@ -170,17 +170,17 @@ def http(url, path, authorization=None):
 
 
 def metric(url, line, authorization=None):
-    """The value of one line of /metrics, 0 if it is not there."""
+    """Value of a line of /metrics, 0 if it is missing."""
     _, text = http(url, "/metrics", authorization)
     values = [float(each.rpartition(" ")[2]) for each in text.splitlines() if each.rpartition(" ")[0] == line]
     return values[0] if values else 0.0
 
 
 def until(condition):
-    """Wait for what another thread is about to do; the tests have no other way to see it."""
+    """Poll a condition that another thread will make true."""
     pause = threading.Event()
     for _ in range(int(SECONDS / 0.005)):
         if condition():
             return
         pause.wait(0.005)
-    raise AssertionError("it did not happen")
+    raise AssertionError("the condition did not become true")

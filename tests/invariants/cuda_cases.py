@@ -1,4 +1,4 @@
-"""The cases of test_cuda_correctness.py, which runs this file in a process of its own: a JSON object, by case."""
+"""Cases of test_cuda_correctness.py, which runs this file in a separate process: a JSON object, by case."""
 
 import contextlib
 import dataclasses
@@ -61,13 +61,13 @@ PI0 = dataclasses.replace(PI05, pi05=False, discrete_state_input=False)
 SINUSOID = dataclasses.replace(PI05, siglip_variant=dataclasses.replace(PI05.siglip, position="sincos2d"))
 SIZES = {"pi05": PI05, "pi0": PI0}
 CAMERAS = ("base", "wrist")
-BATCH, VALID = 2, 9  # of 2·4 patches and 7 tokens, so that padding is dropped
+BATCH, VALID = 2, 9  # of 2·4 patches and 7 tokens, so that there is padding to drop
 DROPPED = {"Pi0._embed_valid_prefix": VALID, "Pi0.sample_many": False}
-"""Reads of sampling, and their numbers: that of the valid tokens; some are padding."""
+"""Reads while sampling, with their number: the number of valid tokens, as some are padding."""
 ONCE = {"TimeEmbedding.__call__": None}
-"""Copies that a model does once: the frequencies of the time embedding."""
+"""Copies that a model makes once: the frequencies of the time embedding."""
 IN_UPDATE = {"clip_gradients": 5.0, "update": 0.5}
-"""Reads of an update: the gradient's norm and, which then is there, the loss."""
+"""Reads in an update: the gradient's norm and the loss, which is available by then."""
 
 LORA = {"finetune": "lora", "init": "any"}
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -89,7 +89,7 @@ def result(record: Record, **more: Any) -> dict[str, Any]:
 
 
 def wrong_dtypes(record: Record, model: Pi0) -> list[str]:
-    """Modules whose matmuls are in another dtype than the model states."""
+    """Modules whose matmuls have another dtype than the model's."""
     in_float32 = ("suffix.", "action_out_proj", "vision.patch_embed")
     assert len(record.matmuls) > 20
     return [
@@ -120,7 +120,7 @@ def previous_chunk(kind: str, device: str, sizes: Pi0Config) -> dict[str, Any]:
 
 
 def sampling(sizes: Pi0Config, kind: str, dtype: str, device: str = GPU, steps: int = 2) -> dict[str, Any]:
-    """The whole of it, reading masks; then prefill and denoising as they are captured, reading nothing."""
+    """Sampling, which reads masks; then prefill and denoising as captured in a graph, without reads."""
     model = model_of(sizes, dtype)
     with device_of(model, device, **DROPPED) as record, torch.no_grad():
         observation, rtc = observation_on(device, sizes), previous_chunk(kind, device, sizes)
@@ -139,7 +139,7 @@ def sampling(sizes: Pi0Config, kind: str, dtype: str, device: str = GPU, steps: 
 
 
 def engine(sizes: Pi0Config, kind: str, dtype: str) -> dict[str, Any]:
-    """A bucket of the engine: all that a CUDA graph captures. The plain operations stand in for the kernels."""
+    """A bucket of the engine: everything that a CUDA graph captures, with plain operations in place of the kernels."""
     model = model_of(sizes, dtype)
     with device_of(model) as record, torch.no_grad():
         rtc = previous_chunk(kind, GPU, sizes)
@@ -206,13 +206,13 @@ def attach_lora(record: Record, model: Pi0) -> None:
 
 
 def lora(sizes: Pi0Config) -> dict[str, Any]:
-    """Sampling with low-rank matrices, and without them after they are merged."""
+    """Sampling with LoRA, and after merging it."""
     model = model_of(sizes, "bfloat16")
     with device_of(model, **DROPPED) as record, torch.no_grad():
         attach_lora(record, model)
         model.sample_actions(observation_on(GPU, sizes), num_steps=2, generator=GpuGenerator(GPU))
         dtypes = wrong_dtypes(record, model)
-        merge_lora(model)  # in float32
+        merge_lora(model)  # merges in float32
         record.name_modules(model)
         model.sample_actions(observation_on(GPU, sizes), num_steps=2, generator=GpuGenerator(GPU))
     return result(record, dtypes=dtypes)
@@ -221,7 +221,7 @@ def lora(sizes: Pi0Config) -> dict[str, Any]:
 def updates(
     sizes: Pi0Config, micro_batches: int, norm: float = 5.0, loss: str = "all", recipe: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Two updates, the second of which finds AdamW's moments."""
+    """Two updates; the second has AdamW's moments."""
     config = TrainConfig(embodiment="metaworld", loss=loss, ema_decay=0.9, **(recipe or {}))
     optim = config.optim
     model = model_of(sizes, "float32", "bfloat16")
@@ -244,7 +244,7 @@ def updates(
 
 
 def batches(augmentation: Augmentation) -> dict[str, Any]:
-    """A batch of the loader's on its way to the device: images as numbers, and their augmentation."""
+    """Transfer of a loader's batch to the device, conversion of images to floats, and augmentation."""
     rng = np.random.default_rng(0)
     chunk = (PI05.action_horizon, PI05.action_dim)
 
@@ -278,7 +278,7 @@ def batches(augmentation: Augmentation) -> dict[str, Any]:
 
 
 def policy(kind: str) -> dict[str, Any]:
-    """`Policy.infer` from the robot's observation to its actions, with a previous chunk and without."""
+    """`Policy.infer` from observation to actions, with and without a previous chunk."""
     policy = torchpi.load_policy("demo", device="cpu")
     sizes, observation = policy.model.config, policy.example_observation()
     chunk = policy.infer(observation, num_steps=1)["actions"]
@@ -426,7 +426,7 @@ MISTAKES: dict[str, list[types.FunctionType]] = {
 
 
 def mistaken() -> dict[str, dict[str, Any]]:
-    """Denoising whose steps make one mistake each; what is found of each."""
+    """Findings for denoising steps with one mistake each."""
     model, step = model_of(PI05, "bfloat16"), Pi0.denoise_step
     mistakes = [function for functions in MISTAKES.values() for function in functions]
     remaining = iter(mistakes)
@@ -448,7 +448,7 @@ def mistaken() -> dict[str, dict[str, Any]]:
 
 
 def mistaken_in_backward() -> dict[str, Any]:
-    """A hook that reads a number of the gradient."""
+    """Hook that reads a value of the gradient."""
     model = model_of(PI05, "float32")
     with device_of(model) as record:
         batch = example_batch(PI05, CAMERAS, BATCH, 1, torch.device(GPU))
@@ -458,7 +458,7 @@ def mistaken_in_backward() -> dict[str, Any]:
 
 
 def mistaken_dtype() -> dict[str, Any]:
-    """A vision tower that computes in float32."""
+    """Vision tower computed in float32."""
     model = model_of(PI05, "bfloat16")
     forward = model.vision.forward
     with device_of(model) as record, torch.no_grad():
@@ -474,7 +474,7 @@ case(mistaken_dtype, "mistake in the dtype")
 
 
 def main() -> None:
-    """Run the cases that the command line names, and those with mistakes in an Euler step."""
+    """Run the cases named on the command line, and those with mistakes in an Euler step."""
     install_backend()
     results = {}
     for name in sys.argv[1:]:

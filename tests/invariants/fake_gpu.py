@@ -1,4 +1,4 @@
-"""A GPU of fake tensors: shapes, dtypes and devices without numbers, and a record of what a real GPU would object to.
+"""GPU of fake tensors, with shapes, dtypes and devices but no values. It records what would fail or wait on a real GPU.
 
 A mode sees every operation. It records, with the project's line that asks for it: operands on two devices; values that
 the host waits for; tensors that are copied from the host's memory, which wait as well and forbid the capture of a CUDA
@@ -54,7 +54,7 @@ _CONVERSIONS = {Tensor.__bool__: bool, Tensor.__int__: int, Tensor.__float__: fl
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """An operation that a GPU objects to, and the project's line that asks for it."""
+    """Operation that is wrong on a GPU, and the project's line that calls it."""
 
     kind: str
     operation: str
@@ -68,11 +68,11 @@ class Finding:
 
 
 class MixedDevicesError(RuntimeError):
-    """Operands on two devices; nothing can go on behind them."""
+    """Operands on two devices, after which nothing can be computed."""
 
 
 class GpuGenerator(torch.Generator):
-    """A generator that claims to be on a device, for which a build of PyTorch without it has none."""
+    """Generator that claims to be on a device, because a build of PyTorch without that device has none."""
 
     def __new__(cls, device: str | torch.device) -> "GpuGenerator":
         made = super().__new__(cls)
@@ -97,9 +97,9 @@ class Record:
         self.device = torch.device(device, 0)
         self.borders = dict(borders)
         self.findings = dict[Finding, int]()
-        """And how often each occurred."""
+        """Number of occurrences of each finding."""
         self.border_crossings = Counter[str]()
-        """Number of reads and copies by function, of those among `borders`."""
+        """Number of reads and copies by function, for the functions in `borders`."""
         self.matmuls: dict[str, set[torch.dtype]] = {}
         """Dtypes of the matmuls and attentions by the name of their module."""
         self.operations = 0
@@ -108,19 +108,19 @@ class Record:
         self.name_modules(model)
 
     def name_modules(self, model: nn.Module) -> None:
-        """Know the modules of a model that has been changed."""
+        """Register the modules of a changed model."""
         self._modules = {id(module): name for name, module in model.named_modules()}
 
     def is_here(self, value: Any) -> bool:
         """True for a tensor, a device or a device's name on this device."""
         if isinstance(value, FakeTensor):
-            return value.fake_device.type == self.device.type  # `device` would be an operation
+            return value.fake_device.type == self.device.type  # reading `device` would be recorded as an operation
         if isinstance(value, Tensor):
             return False
         return value is not None and torch.device(value).type == self.device.type
 
     def frames(self) -> Iterator[FrameType]:
-        """Calls of the project's functions, the innermost one first."""
+        """Stack of the project's functions, innermost first."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_filename.startswith(self._files):
@@ -145,7 +145,7 @@ class Record:
         return finding
 
     def add_matmul(self, *operands: Tensor) -> None:
-        """Record the dtypes of a matmul under the module whose method asks for it."""
+        """Record the dtypes of a matmul under the module that calls it."""
         for frame in self.frames():
             name = self._modules.get(id(frame.f_locals.get("self")))
             if name is not None:
@@ -160,7 +160,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, record, packet = kwargs or {}, self.record, func.overloadpacket
-        if func.namespace == "prim":  # a tensor's device is asked for
+        if func.namespace == "prim":  # reads a tensor's device
             return func(*args, **kwargs)
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         here = [operand for operand in operands if record.is_here(operand)]
@@ -173,7 +173,7 @@ class _Operations(TorchDispatchMode):
         if not replaced:
             if here:
                 out = func(*args, **kwargs)
-            else:  # made here; no operand leads to the fake mode
+            else:  # factory functions have no operand with the fake mode
                 with self.fake:
                     out = func(*args, **kwargs)
         for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
@@ -184,7 +184,7 @@ class _Operations(TorchDispatchMode):
         return out
 
     def _borders(self, func: Any, packet: Any, args: Any, kwargs: Any, operands: Any, here: Any) -> tuple[bool, Any]:
-        """Record what crosses the border between host and device; True and what it gives, if it can't be computed."""
+        """Record transfers between host and device. Returns True and the result if the operation can't be computed."""
         record = self.record
         if packet is aten._to_copy and "device" in kwargs:
             if record.is_here(kwargs["device"]) == bool(here):
@@ -206,7 +206,7 @@ class _Operations(TorchDispatchMode):
         large = [operand for operand in operands if operand.ndim and not record.is_here(operand)]
         if large:
             raise MixedDevicesError(str(record.add(MIXED, func)))
-        if packet is aten.where and len(here) < len(operands):  # its scalars become tensors on the device
+        if packet is aten.where and len(here) < len(operands):  # scalars become tensors on the device
             record.add(COPY, func)
         return False, None
 
@@ -229,7 +229,7 @@ class _Operations(TorchDispatchMode):
         if not masks:
             return False, None
         self.record.add(READ, func)
-        assert len(indices) == 1  # a mask over the first axes, all of whose elements are True
+        assert len(indices) == 1  # a mask over the first axes, with all elements True
         if packet in (aten.index, aten._unsafe_index):
             return True, tensor.flatten(0, masks[0].ndim - 1).clone()
         if args[2].numel() != 1:
@@ -242,7 +242,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Calls of which the operations alone don't tell everything, or which fail without the device."""
+    """Replacements for functions that fail without the device, or whose operations don't show everything."""
 
     def __init__(self, record: Record, operations: _Operations) -> None:
         super().__init__()
@@ -270,13 +270,13 @@ class _Functions(TorchFunctionMode):
         if is_indexing and record.device.type == "cuda":
             if len(args) == 3 and isinstance(args[2], Tensor) and not record.is_here(args[2]):
                 record.add(COPY, "copy_")
-            return _indexed(*args)  # PyTorch would start the device, here and at reads
+            return _indexed(*args)  # PyTorch would initialize the device, here and for reads
         if record.device.type == "cuda" and func is Tensor.__invert__:
             return aten.bitwise_not(*args)
         if func in _CONVERSIONS and record.is_here(args[0]):
             return _CONVERSIONS[func](aten._local_scalar_dense(args[0]))
         if func is F.scaled_dot_product_attention:
-            # One kernel on a GPU, with the softmax in float32; without one it is taken apart.
+            # One kernel on a GPU, with the softmax in float32; on other devices PyTorch decomposes it.
             record.add_matmul(*args[:3])
             record.in_attention = True
             try:
@@ -287,7 +287,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _indexed(tensor: Tensor, key: Any, value: Any = None) -> Tensor:
-    """`tensor[key]`, or with a value `tensor[key] = value`, by the operations that Python's indexing consists of."""
+    """`tensor[key]`, or with a value `tensor[key] = value`, with the operations that Python's indexing uses."""
     if isinstance(key, Tensor):
         return aten.index(tensor, [key]) if value is None else aten.index_put_(tensor, [key], value)
     keys, axis = list(key if isinstance(key, tuple) else (key,)), 0
@@ -313,11 +313,11 @@ def _indexed(tensor: Tensor, key: Any, value: Any = None) -> Tensor:
 def fake_gpu(
     device: str, model: nn.Module, *, borders: Mapping[str, Any] | None = None, other_files: tuple[str, ...] = ()
 ) -> Iterator[Record]:
-    """A device for a model that is on "meta", whose parameters are moved there; see `Record`."""
+    """Fake device for a model on "meta", whose parameters are moved to it; see `Record`."""
     record = Record(device, model, borders or {}, other_files)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
-        if device == "cuda":  # PyTorch would start it
+        if device == "cuda":  # PyTorch would initialize it
             stack.enter_context(fake)
         operations = _Operations(record, fake)
         for module in model.modules():
@@ -332,13 +332,13 @@ def fake_gpu(
 
 
 def on_device(record: Record, tensor: Tensor) -> bool:
-    """True for a fake tensor of the device."""
+    """True for a fake tensor on the device."""
     return isinstance(tensor, FakeTensor) and record.is_here(tensor)
 
 
 def install_backend() -> None:
-    """Make "fakegpu" a device of this process."""
+    """Register the device "fakegpu" in this process."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend("fakegpu")
-    torch.get_device_module("fakegpu").get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # of autocast
+    torch.get_device_module("fakegpu").get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # for autocast

@@ -1,4 +1,4 @@
-"""The model, its training and `Policy.infer` on a GPU of fake tensors: no device is mixed, no value is waited for.
+"""Model, training and `Policy.infer` on a GPU of fake tensors: no mixed devices, no waiting for values.
 
 The cases are cuda_cases.py's. They run in one process of their own, in which PyTorch knows the fake GPU.
 """
@@ -30,7 +30,7 @@ FAST = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, worker_id):
-    """The results of some cases, which one of the test's processes computes for all."""
+    """Results of some cases, which one process computes for all tests."""
 
     @functools.cache
     def of_cases(fast: bool):

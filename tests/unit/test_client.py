@@ -29,7 +29,7 @@ METADATA = {"reset_pose": [0.0, -1.5], "name": "loopback"}
 
 
 def same(a, b):
-    """Equal in value and in every type; NaN equals itself."""
+    """Assert equality of values and of all types; NaN equals itself."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -46,7 +46,7 @@ def same(a, b):
 
 @pytest.fixture(scope="session")
 def wire_cases(golden_root):
-    """Bytes, object and name of the unpacked type, per case."""
+    """Packed bytes, object and name of the unpacked type for each case."""
     folder = golden_root / "msgpack"
     with np.load(folder / "expected.npz") as arrays:
         table = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
@@ -266,7 +266,7 @@ def test_nesting_depth_is_limited():
 
 @pytest.fixture(autouse=True)
 def environment_proxy(monkeypatch):
-    """A proxy in the environment, which no connection of these tests may use: server and robot share a network."""
+    """Set a proxy in the environment, which the client must ignore: server and robot are in one network."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "socks_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -484,14 +484,14 @@ def test_requests_with_short_deadlines_share_the_connection_timeout():
     with pytest.raises(ConnectionRefusedError, match=r"refused the connection for 0.5 s"):
         ask_again_and_again()
     port = int(url.rpartition(":")[2])
-    with running(echo, port):  # the next request begins anew
+    with running(echo, port):  # the next request starts a new schedule
         assert policy.infer({"state": np.ones(1)}, timeout=30)["actions"] == [2]
     policy.close()
 
 
 @contextlib.contextmanager
 def non_reading_server(greeting):
-    """A server that reads nothing after the handshakes; the first connection gets the greeting, the others nothing."""
+    """Server that reads nothing after the handshakes. Only the first connection gets metadata."""
     connections = []
 
     def shake_hands():
@@ -567,7 +567,7 @@ def test_close_ends_request_while_reconnecting():
         policy = WebsocketPolicy(url, answer_timeout=None)
         connections[0].shutdown(socket.SHUT_RDWR)
         with asking(policy, {}):
-            wait_until(lambda: len(connections) == 2)  # which will never send metadata
+            wait_until(lambda: len(connections) == 2)  # the second one never gets metadata
             policy.close()
 
 
@@ -581,7 +581,7 @@ def test_connection_without_metadata_is_aborted_at_deadline_without_closing_hand
             sent = b""
             while part := connections[-1].recv(4096):
                 sent += part
-            assert sent == b""  # a closing handshake would wait for its answer
+            assert sent == b""  # no closing handshake, which would wait for an answer
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 1e15])
@@ -614,10 +614,10 @@ def test_request_above_server_size_limit_is_sent_once():
 def test_watchdog_acts_at_deadline_of_current_block():
     acted_at = queue.Queue()
     watchdog = Watchdog(lambda: acted_at.put(time.monotonic()))
-    with watchdog.until(time.monotonic() + 300):  # its thread sleeps until then
+    with watchdog.until(time.monotonic() + 300):  # the watchdog's thread sleeps until then
         pass
     for seconds in (0.02, 0.05, 0.03):
-        with watchdog.until(time.monotonic() + 0.01):  # over before: the next one's deadline counts
+        with watchdog.until(time.monotonic() + 0.01):  # ends earlier: the next block's deadline counts
             pass
         deadline = time.monotonic() + seconds
         with watchdog.until(deadline):
@@ -1018,6 +1018,6 @@ def test_invalid_url_is_refused(url):
 
 
 def test_unknown_host_raises_connection_error():
-    url = f"ws://{'a' * 64}.example:8000"  # a label too long to be looked up anywhere
+    url = f"ws://{'a' * 64}.example:8000"  # a label too long for any name server
     with pytest.raises(ConnectionError, match=f"Cannot connect to {url}"):
         WebsocketPolicy(url)

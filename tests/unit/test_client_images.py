@@ -1,4 +1,4 @@
-"""JPEGs in requests: images that can't be sent so, and JPEGs of strangers."""
+"""JPEGs in requests: images that cannot be encoded, and decoding of untrusted JPEGs."""
 
 import io
 import struct
@@ -67,7 +67,7 @@ def test_image_is_rotated_by_its_exif_orientation(orientation, order):
 def test_jpeg_of_a_camera_is_decoded_as_pillow_decodes_it(pixels, settings):
     data = jpeg(pixels, **settings)
     np.testing.assert_array_equal(decoded(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    np.testing.assert_array_equal(decoded(data + bytes(100)), decoded(data))  # what is behind its end is not read
+    np.testing.assert_array_equal(decoded(data + bytes(100)), decoded(data))  # data after the end is ignored
 
 
 def with_size(data, height, width):

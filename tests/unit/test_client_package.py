@@ -1,4 +1,4 @@
-"""torchpi-client as a package: its command, and its wheel in an environment that has nothing else."""
+"""torchpi-client as a package: its command, and its wheel in an otherwise empty environment."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ CLIENT = pathlib.Path(__file__).parents[2] / "client"
 
 @contextlib.contextmanager
 def policy_server(metadata, answer):
-    """A server in a thread; its URL, and the requests that it got."""
+    """Run a server in a thread; yield its URL and the requests it received."""
     requests = []
 
     def handler(connection):
@@ -131,7 +131,7 @@ with WebsocketPolicy(sys.argv[1]) as policy:
 
 @pytest.mark.slow
 def test_wheel_works_in_empty_environment(tmp_path):
-    """Installs from the package index, as a robot's computer would; TORCHPI_CLIENT_PYTHON names another Python."""
+    """Install from the package index, as on a robot's computer; TORCHPI_CLIENT_PYTHON names another Python."""
 
     def run(*command):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -153,7 +153,7 @@ def test_wheel_works_in_empty_environment(tmp_path):
         controlled = run(python, "-W", "error", "-c", CONTROL, url)
     assert "arm" in out
     assert controlled == "[1.0, 1.0] True\n"
-    # JPEG is the one thing that needs more, and says what.
+    # Only JPEG needs another package; the error names it.
     code = "from torchpi_client.images import encode_images; import numpy as np\n"
     code += "encode_images({'a': np.zeros((2, 2, 3), np.uint8)})"
     failed = subprocess.run([python, "-c", code], capture_output=True, text=True)

@@ -39,12 +39,12 @@ class VirtualClock:
 
 
 class ToyRobot:
-    """A robot that moves to each command at once and observes it as its state."""
+    """Robot that moves to each command immediately and observes it as its state."""
 
     def __init__(self, clock, dims=1, busy=None):
         self.clock = clock
         self.dims = dims
-        self.busy = collections.defaultdict(float, busy or {})  # number of a command to the seconds that it takes
+        self.busy = collections.defaultdict(float, busy or {})  # duration in seconds by the index of the command
         self.commands = []
         self.times = []
         self.observed = 0
@@ -65,7 +65,7 @@ class ToyRobot:
 
 
 class ScriptedPolicy:
-    """Chunk n is 100·n + 0, 1, 2, … in dimension 0; the warm-up's chunks have the numbers -2 and -1 in rtc, else -1."""
+    """Chunk n is 100·n + 0, 1, 2, … in dimension 0. The warm-up has chunks -2 and -1 with rtc, and -1 otherwise."""
 
     def __init__(self, chunks=None, **metadata):
         kinds = metadata.pop("action_commands", ["position"])
@@ -88,7 +88,7 @@ class ScriptedPolicy:
 
 
 class VirtualInference:
-    """Answers after the next of `latencies`, in seconds; the last one repeats."""
+    """Inference whose answers take `latencies` seconds in turn; the last value repeats."""
 
     def __init__(self, policy, clock, latencies):
         self.policy, self.clock, self.latencies = policy, clock, list(latencies)
@@ -146,7 +146,7 @@ def test_log_gets_observations_chunks_and_commands_at_their_times(tmp_path):
     ]
     chunks = [rows(target, f"/predicted/a/{lane}") for lane in range(2)]
     assert [value for _, _, value in chunks[1][:-1]] == list(range(100, 100 + HORIZON))
-    begin = chunks[1][0][1]  # the time of its observation: the action of that time is the chunk before it
+    begin = chunks[1][0][1]  # time of chunk 1's observation; the action at that time is from chunk 0
     assert [seconds for _, seconds, _ in chunks[1]] == pytest.approx(begin + np.arange(HORIZON + 1) / HZ)
     assert begin in [seconds for _, seconds, _ in rows(target, "/state/lift")]
 
@@ -181,7 +181,7 @@ def test_sync_executes_execute_steps_and_holds_between_chunks():
 
 def test_async_executes_the_chunk_during_inference():
     robot, report = controlled(ScriptedPolicy(execute_steps=4), mode="async", latencies=(5.0, 0.25), steps=17)
-    # 4 was observed before action 4 was executed; three steps later actions 4, 5 and 6 of chunk 0 are gone.
+    # The observation was made before action 4; three steps later, actions 4, 5 and 6 of chunk 0 have been executed.
     assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 103, 104, 105, 106, 203, 204, 205]
     assert report.discarded.total == 0 + 3 + 3
     assert (report.holds, report.late_chunks, report.actions) == (0, 0, 14)
@@ -194,7 +194,7 @@ def test_first_chunk_discards_no_action():
 
 
 def test_discarded_counts_executed_actions_not_elapsed_time():
-    # Seven steps pass, but only the four actions that were left could be executed.
+    # Seven steps pass, but only the four remaining actions could be executed.
     policy = ScriptedPolicy(execute_steps=4)
     robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1, 0.65), steps=14, max_age=10)
     assert robot.positions[:8] == [0, 1, 2, 3, 4, 5, 6, 7]
@@ -231,7 +231,7 @@ def test_ensemble_averages_overlapping_chunks_per_step():
         weights = np.exp(-decay * np.arange(len(values)))
         return round(float(weights @ values / weights.sum()), 4)
 
-    # Each chunk is there one step after it was asked for, so that its first action but that of chunk 0 is never used.
+    # Each chunk arrives one step after its request, so except for chunk 0 its first action is never used.
     expected = [0, average(0), average(0, 1), average(0, 1, 2), average(1, 2, 3), average(2, 3, 4)]
     assert robot.positions[:1] == expected[:1]
     np.testing.assert_allclose(robot.positions, expected, atol=1e-4)
@@ -263,11 +263,11 @@ def test_rtc_sends_rest_of_chunk_at_start_of_inference():
     assert warm_up is None
     assert guided_warm_up["action_prefix"].shape == (HORIZON - 1, 1)
     assert first is None  # there is no previous chunk
-    # Cut at the moment of the observation: action 4 is still to be executed. No padding up to the horizon.
+    # The rest begins at the time of the observation, with action 4, and is not padded to the horizon.
     assert second["action_prefix"].tolist() == [[4], [5], [6], [7]]
     assert (second["delay"], second["execution_horizon"]) == (3, 4)
     assert second["action_prefix"].dtype == np.float32
-    # The observation is that of the same moment.
+    # The observation is from the same time.
     assert policy.requests[3]["state"] == [3]
     # Chunk 1 began with its action 3; one more was executed until the next request.
     assert third["action_prefix"].tolist() == [[104], [105], [106], [107]]
@@ -281,7 +281,7 @@ def test_rtc_delay_is_at_most_the_rest_of_the_chunk():
     robot, report = controlled(policy, mode="rtc", latencies=(0.0, 0.0, 0.5), steps=20, max_age=10)
     second = policy.requests[3][RTC]
     assert (second["delay"], len(second["action_prefix"]), second["execution_horizon"]) == (2, 2, 6)
-    # All that was left is executed, then the robot is held; the new chunk continues after them.
+    # All remaining actions are executed, then the robot is held; the new chunk continues after them.
     assert robot.positions[6:13] == [6, 7, 7, 7, 7, 102, 103]
     assert report.discarded.largest == 2
 
@@ -316,7 +316,7 @@ def test_latency_excludes_warm_up():
 def test_warm_up_is_repeated_after_missed_deadline(caplog):
     policy = ScriptedPolicy(lambda number: TimeoutError("compiling") if number < 2 else np.full((8, 1), number))
     robot, report = controlled(policy, latencies=(1.0, 1.0, 1.0, 0.0), steps=3)
-    assert robot.positions[0] == 3  # of the first chunk after the warm-up
+    assert robot.positions[0] == 3  # from the first chunk after the warm-up
     assert report.failed_requests == 0
     policy = ScriptedPolicy(lambda number: TimeoutError("no answer"))
     with pytest.raises(TimeoutError, match="no answer"):
@@ -385,7 +385,7 @@ def test_warm_up_retries_busy_server_at_control_rate():
     policy = ScriptedPolicy(lambda number: ServerError("busy", "queue_full") if number < 2 else np.full((8, 1), number))
     robot, _ = controlled(policy, steps=3)
     assert robot.positions[0] == 3
-    # Not more often than in the run: the last of its requests is that of the first step.
+    # At most one request per step. The last request is from the first step of the run.
     assert robot.times[0] == pytest.approx(4 / HZ)
 
 
@@ -405,7 +405,7 @@ def test_latency_is_quantile_of_last_measurements_rounded_up_to_steps():
 
 
 def late_once(**settings):
-    """A run in which chunk 1 arrives after 0.95 s, when 4 actions are left."""
+    """Run the loop with chunk 1 arriving after 0.95 s, when 4 actions are left."""
     policy = ScriptedPolicy(execute_steps=4, action_commands=settings.pop("action_commands", ["position"]))
     return controlled(policy, mode="async", latencies=(0.0, 0.1, 0.95, 0.1), max_age=10, steps=17, **settings)
 
@@ -424,7 +424,7 @@ def test_late_chunk_holds_velocity_robot_at_zero():
 
 def test_late_chunk_slows_robot():
     robot, report = late_once(late="slow")
-    # The chunk should have come one step after the request; from then on an action takes two steps.
+    # The chunk was due one step after the request; from then on an action takes two steps.
     assert robot.positions[:12] == [0, 1, 2, 3, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7]
     assert (report.slowed, report.late_chunks) == (3, 1)
     assert report.holds < 6
@@ -440,7 +440,7 @@ def test_slowed_actions_are_limited():
 def test_late_chunk_stops_run():
     robot, report = late_once(late="stop", action_commands=["velocity"])
     assert "A chunk is late" in report.stopped
-    assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 7, 0]  # and stands still at the end
+    assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 7, 0]  # stands still at the end
     assert "stopped: A chunk is late" in report.summary()
 
 
@@ -449,7 +449,12 @@ def test_chunk_older_than_its_duration_is_refused():
     robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1, 0.85, 0.1), steps=18)
     assert report.stale_chunks == 1
     assert not any(100 <= position < 200 for position in robot.positions)
-    assert robot.positions[-4:] == [7, 200, 201, 202]  # observed with the robot held at the end of chunk 0
+    assert robot.positions[-4:] == [
+        7,
+        200,
+        201,
+        202,
+    ]  # the observation was made while the robot was held at the end of chunk 0
 
 
 def test_three_stale_chunks_in_a_row_end_run():
@@ -531,7 +536,7 @@ def with_bad_action(value):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_or_infinity_holds_robot_or_stops_run(value):
     robot, report = controlled(with_bad_action(value), on_invalid="hold", steps=6)
-    assert robot.positions == [0, 1, 1, 3, 3, 3]  # at last without velocity
+    assert robot.positions == [0, 1, 1, 3, 3, 3]  # the last command has zero velocity
     assert report.invalid.tolist() == [0, 1]
     assert "NaN or infinity: b 1" in report.summary()
     robot, report = controlled(with_bad_action(value), steps=6)
@@ -564,7 +569,7 @@ def test_first_command_is_step_limited_from_start():
     policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0))
     limits = ActionLimits.of([-1], [1], max_step=[0.25])
     robot, _ = controlled(policy, limits=limits, start=np.zeros(1), steps=3)
-    assert robot.positions[0] == 0  # held there, while the first chunk is inferred
+    assert robot.positions[0] == 0  # held there during the first inference
     assert robot.positions[1] == 0.25
 
 
@@ -574,7 +579,7 @@ def test_limits_from_metadata():
     limits = ActionLimits.from_metadata({"action_limits": own})
     assert (limits.low.tolist(), limits.high.tolist()) == ([-1, -math.inf, 0], [1, math.inf, math.inf])
     assert limits.max_step.tolist() == [0.1, 2, math.inf]
-    # Where the embodiment states no range, that of the training.
+    # Without a range in the embodiment, the training range applies.
     limits = ActionLimits.from_metadata({"action_limits": own, "action_range": trained})
     assert (limits.low.tolist(), limits.high.tolist()) == ([-1, -2.4, 0], [1, 2.4, math.inf])
     assert limits.max_step.tolist() == [0.1, 2, math.inf]
@@ -586,7 +591,7 @@ def test_limits_from_metadata():
 
 
 def test_limits_in_embodiment_file_limit_commands(tmp_path):
-    """Embodiment file, policy folder, server and client, to the command."""
+    """From the embodiment file through policy folder, server and client to the command."""
     demo = load_policy("demo", device="cpu")
     robot = demo.embodiment.to_dict()
     robot["actions"][0] |= {"low": -0.001, "high": 0.001}
@@ -596,7 +601,7 @@ def test_limits_in_embodiment_file_limit_commands(tmp_path):
     demo.save(tmp_path / "policy")
     file = tmp_path / "policy" / "policy.json"
     content = json.loads(file.read_text())
-    content["embodiment"]["actions"][3]["low"] = None  # as one would write it
+    content["embodiment"]["actions"][3]["low"] = None  # as in a hand-written file
     file.write_text(json.dumps(content))
     policy = load_policy(tmp_path / "policy", device="cpu")
     toy = ToyRobot(VirtualClock(), dims=4)
@@ -610,16 +615,16 @@ def test_limits_in_embodiment_file_limit_commands(tmp_path):
         answer = remote.infer(toy.observe())
     commands = np.array(toy.commands)
     assert 0.0009 < np.abs(commands[:, 0]).max() <= 0.001
-    assert answer["actions_clipped"] > 0  # by the policy, so that nothing is left for the loop's range
+    assert answer["actions_clipped"] > 0  # the policy clips to the range, so the loop need not
     assert np.abs(np.diff(commands[:, 3])).max() <= 0.0101
     assert report.step_clipped[3] > 0
-    # The range of the others is that of the training.
+    # Other dimensions have the training range.
     trained = policy.metadata["action_range"]
     np.testing.assert_allclose(limits.low[1], trained["low"][1] - 0.1 * (trained["high"][1] - trained["low"][1]))
 
 
 def test_hold_ignores_range_and_end_of_run_ignores_step_limit():
-    """Velocities from 0.5 to 1: a held robot slows to 0 step by step, and at the end of the run at once."""
+    """Velocities from 0.5 to 1: a held robot slows to 0 step by step, but stops immediately at the end of the run."""
     policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0), execute_steps=4, action_commands=["velocity"])
     limits = ActionLimits.of([0.5], [1], max_step=[0.25])
     robot, _ = controlled(policy, limits=limits, latencies=(0.0, 0.0, 0.45), steps=9)
@@ -679,10 +684,10 @@ def test_overruns_are_counted_without_catching_up_in_burst():
     )
     begun = np.subtract(robot.times, [busy.get(i, 0) for i in range(len(robot.times))])
     gaps = np.diff(begun) * HZ
-    # After 1.04 periods at once; after 1.7 with the next but one; after 4.5 with the fifth at once.
+    # 1.04 periods: the next step follows immediately. 1.7: one step is skipped. 4.5: three are skipped.
     np.testing.assert_allclose(gaps[:10], [1, 1, 1.04, 0.96, 1, 2, 1, 1, 4.5, 0.5], atol=1e-6)
     assert gaps.min() >= 0.5 - 1e-6
-    assert robot.positions == list(range(len(robot.positions)))  # and no action is skipped
+    assert robot.positions == list(range(len(robot.positions)))  # no action is skipped
     assert report.overruns.count == 3
     assert report.overruns.largest == pytest.approx(0.35)
     assert report.missed_steps == 1 + 3
@@ -697,9 +702,9 @@ def test_rest_of_chunk_is_stale_after_long_overrun(mode):
     before, after = robot.positions[:4], robot.positions[4:]
     if mode == "async":
         assert before == [0, 1, 2, 3]
-        assert after[:3] == [3, 100, 101]  # held, until there is a chunk of what the robot sees now
+        assert after[:3] == [3, 100, 101]  # held until a chunk for the current observation arrives
     assert not set(after[1:]) & {4, 5, 6, 7}
-    assert report.stale_chunks == (1 if mode == "async" else 2)  # and the one that was under way
+    assert report.stale_chunks == (1 if mode == "async" else 2)  # async: also the chunk being inferred
     robot, report = controlled(ScriptedPolicy(execute_steps=7), busy={3: 2.0}, max_age=3, **settings)
     assert report.stale_chunks == 0
     if mode == "async":
@@ -711,7 +716,7 @@ def test_rest_of_chunk_is_stale_after_many_short_overruns():
     policy = ScriptedPolicy(lambda number: TimeoutError("away") if number > 0 else np.arange(8.0)[:, None])
     busy = dict.fromkeys(range(100), 0.3)
     robot, report = controlled(policy, mode="async", busy=busy, latencies=(0.0, 0.05), max_age=0.45, steps=60)
-    # Action 3 would begin 0.6 s later than when its chunk came.
+    # Action 3 would begin 0.6 s after its chunk arrived.
     assert set(robot.positions) == {0, 1, 2}
     assert report.stale_chunks == 1
 
@@ -744,10 +749,10 @@ def test_rtc_at_other_rate_sends_rest_at_policy_rate():
     assert (len(warm_up["action_prefix"]), first) == (HORIZON - 1, None)
     assert second["action_prefix"].tolist() == [[4], [5], [6], [7]]
     assert (second["delay"], second["execution_horizon"]) == (3, 4)  # 0.25 s, and four steps of 0.1 s
-    # Chunk 1 came after five commands, within its action 2; the next is asked for where its action 4 begins.
+    # Chunk 1 arrived after five commands, during its action 2; the next request is at its action 4.
     assert robot.positions[7:16] == [3.5, 4, 4.5, 5, 5.5, 6, 102.5, 103, 103.5]
     assert third["action_prefix"].tolist() == [[104], [105], [106], [107]]
-    # Slower than the policy: What is left is what will be executed, in the policy's shorter steps.
+    # Slower than the policy: the rest is what will be executed, resampled to the policy's shorter steps.
     policy = rtc_policy(execute_steps=4)
     controlled(policy, mode="rtc", latencies=(0.0, 0.0, 0.05), steps=5, control_hz=5.0, resample="interpolate")
     second = policy.requests[3][RTC]
@@ -937,7 +942,7 @@ def test_seconds_are_converted_to_steps():
 
 
 def test_monotonic_clock_and_background_inference():
-    """The real clock and thread, which the other tests replace."""
+    """Use the real clock and thread, which the other tests replace."""
     clock = MonotonicClock()
     policy = ScriptedPolicy(control_hz=1000.0, execute_steps=4)
     robot = ToyRobot(VirtualClock())
@@ -972,7 +977,7 @@ def test_pacer_sleeps_until_next_period():
 
 
 class UncertainPolicy(ScriptedPolicy):
-    """Answers these uncertainties in turn, the warm-up's first; None: without one; the last one repeats."""
+    """Policy with these uncertainties in turn, first for the warm-up; None: no uncertainty. The last repeats."""
 
     def __init__(self, uncertainties, **arguments):
         super().__init__(**arguments)
@@ -992,7 +997,7 @@ def test_robot_is_held_while_the_policy_is_uncertain(mode, command, caplog):
     settings = {"mode": mode, "execute_steps": 4, "max_uncertainty": 0.2, "late": "stop"}
     with caplog.at_level("INFO"):
         robot, report = controlled(policy, latencies=(0.0,), steps=24, **settings)
-    assert report.stopped is None  # held for another reason than a late chunk
+    assert report.stopped is None  # the robot is not held for a late chunk
     assert report.uncertain_chunks == 3
     assert report.holds >= 2
     before = [0.0, *robot.positions] if command == "position" else [0.0] * len(robot.positions)
@@ -1008,7 +1013,7 @@ def test_robot_is_held_while_the_policy_is_uncertain(mode, command, caplog):
 
 
 def test_uncertain_chunk_drops_rest_of_previous_chunk():
-    # Chunk 0 is asked for at once, chunk 1 when two of its actions are executed: from then on the robot is held.
+    # Chunk 0 is requested immediately, chunk 1 after two actions of chunk 0; from then on the robot is held.
     policy = UncertainPolicy([0.0, 0.0, 0.7])
     robot, report = controlled(policy, mode="async", execute_steps=2, max_uncertainty=0.5, steps=8)
     assert robot.positions[-4:] == [robot.positions[-5]] * 4
@@ -1020,7 +1025,7 @@ def test_uncertainty_without_limit_is_only_counted():
     _, report = controlled(UncertainPolicy([0.1, 0.4]), steps=8)
     assert (report.uncertain_chunks, report.holds) == (0, 0)
     assert report.uncertainty.mean == pytest.approx(0.4)
-    for nothing in (None, "low", np.zeros(3), True):  # of a server that means something else
+    for nothing in (None, "low", np.zeros(3), True):  # from a server with another meaning of the field
         _, report = controlled(UncertainPolicy([nothing]), steps=8)
         assert report.uncertainty.count == 0
 

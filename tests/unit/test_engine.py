@@ -1,4 +1,4 @@
-"""The engine samples what the model samples, in any bucket, and is honest about what it cannot do."""
+"""The engine samples the model's actions in every bucket, and falls back or raises errors otherwise."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ def make_model(*, pi05: bool = True, dtype: torch.dtype = torch.float32) -> Pi0:
 
 
 def make_observation(lengths=(17, 9, 12), *, cameras=2, present=None) -> Observation:
-    """Random samples with prompts of these lengths; `present` [N, B] says which cameras each sample has."""
+    """Random samples with prompts of these lengths; `present` [N, B] marks the cameras that each sample has."""
     generator = torch.Generator().manual_seed(2)
     batch = len(lengths)
     masks = torch.ones(cameras, batch, dtype=torch.bool) if present is None else torch.tensor(present)
@@ -90,7 +90,7 @@ def test_engine_samples_the_models_actions(pi05, rtc):
     model, observation = make_model(pi05=pi05), make_observation()
     engine = InferenceEngine(model, mode="eager")
     expected = model.sample_actions(observation, noise=noise_of(), num_steps=4, **conditions(rtc))
-    for _ in range(2):  # the second call finds what the first one has left in the static tensors
+    for _ in range(2):  # the second call must overwrite the first one's static tensors
         actions = engine.sample_actions(observation, noise=noise_of(), num_steps=4, **conditions(rtc))
         torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
     assert expected.abs().max() > 1
@@ -260,7 +260,7 @@ def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
 
 
 def test_failed_capture_releases_memory_and_generator(monkeypatch):
-    """Else PyTorch refuses further captures, and random numbers of the device, for good."""
+    """Otherwise PyTorch refuses further captures and random numbers on the device."""
 
     class Generator:
         state = "in a capture"
@@ -327,7 +327,7 @@ def test_unknown_mode_is_refused(monkeypatch):
 
 
 def test_inputs_of_wrong_size_raise_the_models_error(monkeypatch):
-    """A bucket's static tensors would take one pixel, or one number of a previous chunk or state, for all."""
+    """Copying to a bucket's static tensors would silently broadcast them."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks shapes in the tests only
     model, observation = make_model(pi05=False), make_observation()
     engine, samples = InferenceEngine(model, mode="eager"), {"noise": noise_of(), "num_steps": 1}
@@ -362,7 +362,7 @@ def test_guidance_without_a_finite_maximum_is_refused(maximum):
 
 
 def test_callers_settings_do_not_affect_the_bucket():
-    """Neither that which warms the bucket up nor a later one: what is captured stays."""
+    """Settings matter neither in the call that warms up a bucket nor in later ones."""
     model, observation, samples = make_model(), make_observation(), {"noise": noise_of(), "num_steps": 2}
     engine = InferenceEngine(model, mode="eager")
     expected = model.sample_actions(observation, **samples)
@@ -392,7 +392,7 @@ def test_default_dtype_changes_nothing(dtype):
 
 @pytest.mark.slow
 def test_forked_process_warms_up_its_own_buckets():
-    """In a process with one thread, as torch needs it for a fork."""
+    """In a process with one thread, which torch needs before a fork."""
     program = "import test_engine; test_engine.sample_in_a_fork()"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent, timeout=100)
 
@@ -409,7 +409,7 @@ def sample_in_a_fork() -> None:
 
 
 class FakeCuda:
-    """`torch.cuda` as far as an engine uses it: a log, and graphs that run their function again."""
+    """The part of `torch.cuda` that the engine uses, with a log of calls and graphs that call their function again."""
 
     def __init__(self):
         self.log, self.current, self.runner = [], "a", None
@@ -455,14 +455,14 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(self.current))
-        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # none of these is torch's
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # these objects are not torch's
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         engine._memory, engine._last_call = GraphMemory(engine.device), Event()
         engine._memory.stream.name = "captures"
 
 
 def test_graph_is_captured_once_and_replayed_with_new_inputs_after_the_last_call(monkeypatch):
-    """Graphs share memory and inputs: on a GPU, a lock on the host ends before the work of another stream does."""
+    """Graphs share memory and inputs, and a lock on the host does not wait for the work of another stream."""
     model, cuda = make_model(), FakeCuda()
     engine = InferenceEngine(model, mode="eager")
     cuda.install(monkeypatch, engine)
@@ -608,14 +608,14 @@ def compare_compiled(pi05: bool, rtc: tuple[str, ...]) -> None:
     assert len(engine.metadata["warm_buckets"]) == 1
     if rtc:
         return
-    torch.set_num_threads(3 - torch.get_num_threads() % 2)  # compiled once more, above the limit of torch.compile
+    torch.set_num_threads(3 - torch.get_num_threads() % 2)  # recompiles, beyond torch.compile's default limit
     with torch._dynamo.config.patch(recompile_limit=1):
         actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
     with torch.device("cpu"):
         actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3)
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
-    with FlopCounterMode(display=False), warnings.catch_warnings(record=True) as caught:  # it can't be compiled
+    with FlopCounterMode(display=False), warnings.catch_warnings(record=True) as caught:  # cannot be compiled
         actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3)
     assert torch.equal(actions, expected)
     assert "The plain model samples in place of compiled code" in str(caught[-1].message)
@@ -625,7 +625,7 @@ def compare_compiled(pi05: bool, rtc: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("rtc", [(), ("guidance", "action_prefix")], ids=["plain", "rtc"])
 @pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
 def test_compiled_engine_samples_the_models_actions(pi05, rtc):
-    """In a process without the checks of shapes, which torch.compile cannot read."""
+    """In a process without shape checks, which torch.compile cannot trace."""
     program = f"import test_engine; test_engine.compare_compiled({pi05}, {rtc})"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent)
 

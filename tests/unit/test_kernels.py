@@ -1,4 +1,4 @@
-"""The engine's kernels: the plain twins equal the plain model, and the Triton kernels equal the twins."""
+"""The engine's kernels: plain versions equal the model, and Triton kernels equal the plain versions."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = GEMMA_VARIANTS["tiny_expert"]  # D 128, Q 4, G 1, K 64
 TWO_GROUPS = GemmaConfig(width=96, depth=1, mlp_dim=80, num_heads=4, num_kv_heads=2, head_dim=32)
 NEAR = {"rtol": 1e-6, "atol": 1e-6}
-"""Of the same float32 formula in another order of operations."""
+"""Tolerances for the same float32 formula with another order of operations."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Quantized layers compute what their formulas say, travel in a policy folder, and are refused where they cannot be."""
+"""Quantized layers equal their formulas, are saved in policy folders, and are refused where they are impossible."""
 
 import dataclasses
 import json
@@ -40,12 +40,12 @@ def quantized(kind, *, pi05=True):
 
 
 def e4m3(value: float) -> float:
-    """The nearest value with 4 exponent bits (bias 7) and 3 mantissa bits, ties to even; at most 448."""
+    """Round to 4 exponent bits (bias 7) and 3 mantissa bits, ties to even, clamped to 448."""
     if value == 0:
         return 0.0
-    exponent = max(math.floor(math.log2(abs(value))), -6)  # below 2⁻⁶ they are subnormal
+    exponent = max(math.floor(math.log2(abs(value))), -6)  # values below 2⁻⁶ are subnormal
     step = 2.0 ** (exponent - 3)
-    return math.copysign(min(round(abs(value) / step) * step, 448.0), value)  # round() takes ties to even
+    return math.copysign(min(round(abs(value) / step) * step, 448.0), value)  # round() rounds ties to even
 
 
 def random_linear(bias=False):
@@ -93,7 +93,7 @@ def test_matmul_of_every_gpu_with_fp8_equals_the_emulation(capability, row_scale
     x = torch.randn(5, 16, generator=generator)
     fp8 = q.QuantizedLinear(layer, "fp8", 0.004)
     assert fp8.row_scales is row_scales
-    # On "meta" the layer takes a GPU's matmul, here computed by a CPU's.
+    # On "meta" the layer calls the GPU's matmul, which is replaced by the CPU's here.
     scaled_mm, calls = torch._scaled_mm, []
 
     def compute(*arguments, bias=None, **options):
@@ -120,7 +120,7 @@ def test_input_rounded_beforehand_gives_the_same_bits(dtype):
     assert torch.equal(packed(q.to_fp8(x, packed.input_scale)), fp8(x))
     assert torch.equal(packed.rows(q.to_fp8(x, packed.input_scale), 3), fp8.rows(x, 3))
     assert torch.equal(packed(x), fp8(x))
-    fp8.emulated = True  # on a device that may have no e4m3
+    fp8.emulated = True  # as on a device without e4m3
     assert q.takes_rounded(fp8, dtype) is fp8
     assert q.takes_rounded(layer, dtype) is layer
 
@@ -200,7 +200,7 @@ def test_actions_stay_near_float32_and_the_engine_samples_the_same(kind, most, p
         engine = InferenceEngine(model, mode="eager").sample_actions(
             make_observation(), noise=noise_of(), num_steps=4, **rtc
         )
-        # A rounded activation may be the next one where the sums before it differ in their last bits.
+        # If sums differ in their last bits, an activation may be rounded to the neighbouring value.
         torch.testing.assert_close(engine, actions, rtol=0, atol=1e-3 * exact.abs().max().item())
 
 
@@ -260,7 +260,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, golden_root):
-    """A policy of a two-jointed arm, on disk."""
+    """Policy folder for an arm with two joints."""
     config = dataclasses.replace(make_model().config, action_horizon=4, action_dim=3, vocab_size=512)
     model, generator = Pi0(config), torch.Generator().manual_seed(3)
     for parameter in model.parameters():
@@ -312,7 +312,7 @@ def test_calibration_depends_only_on_dataset_and_seed(folders, source, dataset, 
     few = json.loads((tmp_path / "two" / "policy.json").read_text())["provenance"]["quantized"]
     assert few["num_observations"] == 1
     name = "expert.layers.1.feed_forward.down"
-    assert other.input_scales[name] < quantization.input_scales[name]  # of fewer observations
+    assert other.input_scales[name] < quantization.input_scales[name]  # from fewer observations
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Camera messages of ROS as images: encodings, padding, byte order, compression, and what is refused."""
+"""Conversion of ROS camera messages: encodings, padding, byte order, compression and refused messages."""
 
 import numpy as np
 import PIL.Image
@@ -134,7 +134,7 @@ SWAPPED = COLOURS[..., ::-1]
         ("bgr8; jpeg compressed bgr8", COLOURS),
         ("yuv422_yuy2; jpeg compressed bgr8", COLOURS),
         ("bgr8; png compressed bgr8", COLOURS),
-        # A publisher that gave the encoder, which takes BGR, RGB.
+        # A publisher that passed RGB to an encoder for BGR.
         ("rgb8; jpeg compressed rgb8", SWAPPED),
         ("rgb8; png compressed rgb8", SWAPPED),
     ],

@@ -70,7 +70,7 @@ def degrees(radians):
 
 
 class Rig:
-    """A node between fake topics and a scripted server, on a virtual clock; sensors publish at each step."""
+    """Node with fake topics, a scripted server and a virtual clock. Sensors publish at each step."""
 
     def __init__(self, answers=None, *, metadata=METADATA, before=lambda step: None, monotonic=None, **changes):
         self.ros = FakeRos()
@@ -104,7 +104,7 @@ class Rig:
                 self.ros.send(topic, message)
 
     def run(self, steps=20):
-        """Sensors that publish while the node waits for its topics."""
+        """Publish sensor messages while the node waits for its topics."""
         done = threading.Event()
 
         def publish():
@@ -123,7 +123,7 @@ class Rig:
 
     @property
     def positions(self):
-        """Of the trajectories that were published, in ROS's units."""
+        """Positions of the published trajectories, in ROS units."""
         return [message.points[0].positions.tolist() for message in self.ros.sent.get("/arm/joint_trajectory", [])]
 
 
@@ -321,7 +321,7 @@ def test_commands_are_valid_messages(store):
 
 
 def sensors(**changes):
-    """Sensors of a camera, a faster one and joints, on a clock of the test."""
+    """Sensors of two cameras with different rates and of joints, on the test's clock."""
     ros = FakeRos()
     cameras = {
         "images.front": {"topic": "/front", "type": IMAGE},
@@ -355,7 +355,7 @@ def joints(stamp, angle=0.0):
 
 
 def test_messages_of_the_same_time_form_one_observation():
-    """The front camera at 5 Hz, the wrist's at 25 Hz, joints at 100 Hz; each message says its moment."""
+    """Front camera at 5 Hz, wrist camera at 25 Hz, joints at 100 Hz; each message contains its time."""
     ros, node = sensors()
     for tick in range(101):
         ros.time = 1000 + tick / 100
@@ -438,7 +438,7 @@ def test_stamps_of_another_clock_are_replaced_by_arrival_times():
     ros.time += 0.1
     ros.send("/front", front(0))
     ros.send("/joint_states", joints(0))
-    assert node.problem is None  # the wrist's is the slowest: its moment counts
+    assert node.problem is None  # the wrist camera is the slowest and sets the time
 
 
 def test_restarted_simulation_is_followed():
@@ -494,7 +494,7 @@ def test_robot_is_held_without_a_camera_and_resumes_when_it_returns():
     report = rig.run(steps=60)
     positions = [round(degrees(position[0])) for position in rig.positions]
     held = positions[25:38]
-    assert len(set(held)) == 1  # the last command, again and again
+    assert len(set(held)) == 1  # the last command is repeated
     assert positions[-1] > held[-1]
     assert report.failed_requests > 10
     assert rig.beats[35].level == 1
@@ -611,13 +611,13 @@ def test_topics_of_several_publishers_are_logged(caplog):
     rig.run()
     assert "1 other publishers of /arm/joint_trajectory: the robot also gets their commands" in caplog.text
     assert "images.front (/front) has 2 publishers" in caplog.text
-    assert "/joint_states" not in caplog.text  # joints of several publishers are told apart by name
+    assert "/joint_states" not in caplog.text  # joints of several publishers are distinguished by name
 
 
 def test_simulated_time_sets_the_pace():
     rig = Rig(time="arrival", monotonic=lambda: 0.0)
     ticks = itertools.count(1000 * 1000)
-    rig.ros.now = lambda: next(ticks) / 1000  # a millisecond passes whenever someone looks
+    rig.ros.now = lambda: next(ticks) / 1000  # each call advances the time by a millisecond
     rig.control = Control(
         settings(time="arrival"),
         rig.ros,

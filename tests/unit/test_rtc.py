@@ -1,4 +1,4 @@
-"""Real-time chunking: the guidance's sign, gradient and weights, and what a prefix does to a policy's chunks."""
+"""Real-time chunking: sign, gradient and weights of the guidance, and the effect of a prefix on a policy's chunks."""
 
 import math
 import pathlib
@@ -19,7 +19,7 @@ def guidance(target: torch.Tensor, weight: torch.Tensor | None = None, maximum: 
 
 
 def guided_velocity(velocity, x_t: torch.Tensor, t: float, guided_by: Guidance) -> torch.Tensor:
-    """The guided velocity of a function of x_t alone."""
+    """Guided velocity for a velocity that only depends on x_t."""
     time = TimeConditioning(t, torch.zeros(1, 1), None)
     return guided_by.wrap(lambda x, _: velocity(x))(x_t, time)
 
@@ -42,7 +42,7 @@ def test_each_sample_has_its_own_delay():
 
 @pytest.mark.parametrize("t", [1.0, 0.9, 0.5, 0.1])
 def test_gradient_equals_finite_differences(t):
-    """Of half the weighted squared distance between the target and where the path leads, with the sign turned."""
+    """The gradient is that of minus half the weighted squared distance from the target to the predicted end point."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 6, generator=generator)
     target, weight = torch.randn(1, 2, 3, generator=generator), torch.rand(1, 2, 3, generator=generator)
@@ -64,7 +64,7 @@ def test_gradient_equals_finite_differences(t):
 
 
 def test_guidance_brings_a_toy_flow_nearer_to_the_target():
-    """A flow whose chunks end at its own goal, whatever the noise: v = (x − goal) / t."""
+    """Flow with v = (x − goal) / t, whose chunks end at its goal for any noise."""
     goal, target = torch.zeros(1, 4, 2), torch.full((1, 4, 2), 3.0)
     ends = []
     for maximum in (0.0, 1.0, 5.0):
@@ -87,7 +87,7 @@ def test_guidance_without_target_is_plain_sampling(golden):
 
 
 def test_guided_chunk_agrees_with_the_previous_one_and_departs_later(golden):
-    """Of a model with random weights, whose chunks depend on the noise."""
+    """For a model with random weights, whose chunks depend on the noise."""
     model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
     horizon = noise.shape[1]
     old = model.sample_actions(observation, noise=noise.flip(0))
@@ -112,7 +112,7 @@ def request_(policy):
 
 
 def test_short_prefix_guides_only_its_steps(policy, request_):
-    """Missing steps are masked: zeros in their place would pull the chunk to zero."""
+    """Missing steps are masked, because zeros would pull the chunk to zero."""
     observation, (noise, _) = request_
     old = np.full((2, 4), 0.25, np.float32)
     guided = policy.infer(observation, noise=noise, action_prefix=old, delay=2, execution_horizon=4)["actions"]
@@ -144,7 +144,7 @@ def test_guidance_works_in_inference_mode(policy, request_):
 
 
 def test_delta_actions_are_anchored_at_the_new_state(policy):
-    """Absolute actions stay where they are when the state moves; as differences they have to be taken anew."""
+    """Absolute actions do not change when the state moves, so their deltas must be recomputed."""
     robot = torchpi.Embodiment.generic(
         "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c", "d"],
         delta=["a", "b", "c"],
@@ -161,11 +161,13 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
 
 
 def test_guidance_is_normalized_and_applies_only_to_the_prefix(monkeypatch):
-    """Normalized and relative to the new state; nothing behind the prefix, nor at padded dimensions."""
+    """The target is normalized and relative to the new state; weights after the prefix and in padding are 0."""
     robot = torchpi.Embodiment.generic(
         "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c"], delta=["a", "b"]
     )
-    stats = pathlib.Path(torchpi.__file__).parent / "assets" / "demo_policy" / "norm_stats.json"  # of 4 dimensions
+    stats = (
+        pathlib.Path(torchpi.__file__).parent / "assets" / "demo_policy" / "norm_stats.json"
+    )  # statistics of 4 dimensions
     arm = torchpi.load_policy("demo", embodiment=robot, norm_stats=stats, device="cpu")
     observation = {**arm.example_observation(), "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
     sample, seen = arm.model.sample_actions, {}
@@ -186,10 +188,10 @@ def test_guidance_is_normalized_and_applies_only_to_the_prefix(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own, as it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # from PyTorch, while it compiles
 def test_other_delay_or_horizon_does_not_recompile(monkeypatch):
-    """They are tensors from the beginning, and change no shape."""
-    # What is compiled is the sampler, not the tests' checks of its shapes.
+    """Delay and horizon are tensor contents, and do not change shapes."""
+    # Without the tests' shape checks, which torch.compile cannot trace.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     generator = torch.Generator().manual_seed(0)
     x, old, matrix = (torch.randn(shape, generator=generator) for shape in ((2, 16, 4), (2, 16, 4), (4, 4)))
@@ -234,7 +236,7 @@ def test_invalid_prefixes_are_refused(policy, request_, options, message):
 
 
 def test_prefix_actions_have_time_zero(golden):
-    """A prefix of length 0 changes nothing, and the noise of a prefix does not matter."""
+    """A prefix of length 0 changes nothing, and noise within a prefix is ignored."""
     model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
     actions = golden.inputs["actions"]
     time = torch.tensor([0.7, 0.3])
@@ -262,7 +264,7 @@ def test_sampled_chunk_begins_with_action_prefix(golden):
     assert torch.equal(chunk[0, :5], actions[0, :5])
     assert (chunk[0, 5:] - plain[0, 5:]).abs().max() > 1e-4
     torch.testing.assert_close(chunk[1], plain[1], atol=1e-5, rtol=0)
-    # One Euler step from t = 1 by hand: the velocity that training would predict there.
+    # One Euler step from t = 1 by hand, with the velocity that is predicted in training.
     once = model.sample_actions(observation, noise=noise, num_steps=1, action_prefix=ActionPrefix(actions, mask))
     loss = model(observation, actions, noise=noise, time=torch.ones(2), prefix_len=torch.tensor([5, 0]))
     v_t = noise - once

@@ -1,4 +1,4 @@
-"""`torchpi serve` on loopback, with a policy that waits for the test."""
+"""`torchpi serve` on loopback, with a policy controlled by the test."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ from torchpi_client.images import encode_images
 
 
 def code(answer):
-    """Of an error frame."""
+    """Code of an error frame."""
     assert isinstance(answer, str)
     return json.loads(answer)["code"]
 
@@ -174,7 +174,7 @@ def test_error_names_the_policy_that_cannot_be_loaded():
     load = {"arm": FakePolicy, "hand": fails}
     server = PolicyServer(load, ServeSettings(port=0))
     with pytest.raises(ValueError, match="There is nothing") as caught:
-        asyncio.run(server.run(lambda address: None))  # nobody stops it
+        asyncio.run(server.run(lambda address: None))  # returns without `stop`
     assert caught.value.__notes__ == ["(policy hand)"]
 
 
@@ -323,7 +323,7 @@ def test_queue_is_bounded_and_has_deadlines(caplog):
         assert "actions" in late.ask(observation())
         assert policy.batches == [[0.0], [0.0]]
         assert metric(url, 'torchpi_requests_total{outcome="deadline_exceeded",policy="p0"}') == 1
-    assert not [record for record in caplog.records if record.name == "asyncio"]  # where lost exceptions end
+    assert not [record for record in caplog.records if record.name == "asyncio"]  # the logger of unretrieved exceptions
 
 
 def test_deadline_error_arrives_before_the_client_gives_up():
@@ -407,7 +407,7 @@ def test_taken_port_error_names_the_option_port():
 
 
 def test_host_of_another_machine_is_an_error():
-    # 192.0.2.1 is for documentation, no machine has it.
+    # 192.0.2.1 is reserved for documentation.
     with pytest.raises(OSError, match=r"^192\.0\.2\.1 is not an address of this machine\.$"), served(host="192.0.2.1"):
         pass
 
@@ -518,7 +518,7 @@ def test_number_of_entries_in_a_message_is_limited():
         ({"grace": float("nan")}, "grace is nan"),
         ({"seed": -1}, "The seed is -1"),
         ({"seed": 2**64}, "The seed is 18446744073709551616; expected a whole number from 0 to 18446744073709551615"),
-        ({"max_memory_mb": float("inf")}, "max_memory_mb is inf; expected at least 128, and below infinity"),
+        ({"max_memory_mb": float("inf")}, "max_memory_mb is inf; expected a finite number of at least 128"),
         ({"max_memory_mb": float("inf"), "max_message_mb": float("inf")}, "max_memory_mb is inf"),
         ({"max_memory_mb": 100.0}, "max_memory_mb is 100; expected at least 128"),
     ],
@@ -533,7 +533,7 @@ def test_invalid_settings_are_refused(settings, message):
 
 @contextlib.contextmanager
 def stopping(stack):
-    """The server of this stack is told to stop; it has when the block ends."""
+    """Stop the server of this stack; it has ended when the block ends."""
     thread = threading.Thread(target=stack.close)
     thread.start()
     yield
@@ -592,7 +592,7 @@ def test_metrics_count_requests_batches_and_connections():
         assert metric(url, 'torchpi_requests_total{outcome="bad_observation",policy="p0"}') == 1
         for name in ("torchpi_queue_seconds", "torchpi_inference_seconds"):
             assert metric(url, f'{name}_count{{policy="p0"}}') == 1
-        # A pass that failed, by a bad observation, has no time and no size.
+        # A forward pass that failed on a bad observation is not counted.
         assert metric(url, 'torchpi_batch_size_count{policy="p0"}') == 1
         assert metric(url, "torchpi_queue_length") == 0
 

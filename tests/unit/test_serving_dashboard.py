@@ -1,4 +1,4 @@
-"""The dashboard's numbers, images and protection, as a browser asks for them."""
+"""Numbers, images and access control of the dashboard, as a browser requests them."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\"'&"
 
 
 def read(url, path, **headers):
-    """Status, headers and body."""
+    """Status, headers and body of a response."""
     request = urllib.request.Request(url.replace("ws://", "http://") + path, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as response:
@@ -68,7 +68,7 @@ def test_summary_has_images_state_and_chunk_of_each_robot():
         assert (one["policy"], other["policy"]) == ("p0", "p1")
         assert (one["requests"], one["error"], one["left"]) == (1, None, False)
         assert one["answered"]["prompt"] == HOSTILE
-        assert other["answered"]["prompt"] == "go"  # the policy's own
+        assert other["answered"]["prompt"] == "go"  # the policy's default
         assert one["answered"]["state"] == [{"name": "x", "value": 5.0}, {"name": "y", "value": 2.0}]
         assert one["answered"]["cameras"] == [{"name": "base_0_rgb", "key": "camera", "sent": True}]
         assert one["answered"]["executed"]["source"] == "estimated"
@@ -103,7 +103,7 @@ def test_partly_flat_and_partly_nested_keys_are_shown():
 def test_missing_paths_are_not_found():
     with served(FakePolicy()) as (url, _), clients(url) as [client]:
         paths = ["/chunk/0.json", "/frame/0/base_0_rgb.jpg", "/chunk/x.json", "/frame/0/..%2f.jpg", "/dashboard.jsonx"]
-        assert [read(url, path)[0] for path in paths] == [404] * 5  # the robot has not asked yet
+        assert [read(url, path)[0] for path in paths] == [404] * 5  # the robot has sent no request yet
         client.ask(observation())
         assert [read(url, path)[0] for path in paths] == [200, 200, 404, 404, 404]
 
@@ -139,7 +139,7 @@ def test_page_runs_only_its_own_script():
         status, headers, body = read(url, "/")
     page = body.decode()
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert page == dashboard_page()[0]  # nothing of a client is in it
+    assert page == dashboard_page()[0]  # it contains no data of clients
     policy = headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
@@ -157,7 +157,7 @@ def test_token_protects_the_dashboard():
         assert summary(url, **key)["robots"] == []
         assert summary(url, Authorization="Api-Key a+b/c d")["ready"] in (True, False)
         assert [read(url, f"/?token={text}")[0] for text in ("a+b/c%20d", "a%2Bb%2Fc%20d")] == [200, 200]
-        assert read(url, "/dashboard.json?token=a+b/c%20d")[0] == 401  # the page alone is opened by address
+        assert read(url, "/dashboard.json?token=a+b/c%20d")[0] == 401  # only the page accepts a token in the URL
         assert read(url, "/", **key)[0] == 200
 
 
@@ -191,10 +191,10 @@ def robot(dashboard):
 def test_executed_steps_are_estimated_from_the_time(dashboard, robot):
     assert robot.executed(0.0) is None
     asked_and_answered(dashboard, robot, at=10.0, until=10.5)
-    # 10 Hz, 4 actions, from the answer on
+    # 10 Hz, 4 actions, starting at the answer
     assert [robot.executed(10.5 + after)["steps"] for after in (0.0, 0.15, 0.25, 99.0)] == [0, 1, 2, H]
     dashboard.requested(robot, None, 10.75)
-    assert robot.executed(99.0) == {"steps": 2, "source": "estimated"}  # it may wait for its answer
+    assert robot.executed(99.0) == {"steps": 2, "source": "estimated"}  # the robot may be waiting for its answer
     dashboard.leave(robot, 10.7)
     assert robot.executed(99.0)["steps"] == 1
 
@@ -242,7 +242,7 @@ def test_robots_are_forgotten_after_leaving(dashboard):
         robot = dashboard.join(number, "p0", FakePolicy(), "")
         asked_and_answered(dashboard, robot, at=1.0, until=2.0)
         dashboard.leave(robot, 3.0)
-    dashboard.leave(dashboard.join(99, "p0", FakePolicy(), ""), 3.0)  # it never asked
+    dashboard.leave(dashboard.join(99, "p0", FakePolicy(), ""), 3.0)  # sent no request
     found = dashboard.summary(3.0, {})["robots"]
     assert [robot["number"] for robot in found] == list(range(2 * MAX_LEFT, 3 * MAX_LEFT))
     assert all(robot["left"] for robot in found)

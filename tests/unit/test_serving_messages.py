@@ -1,4 +1,4 @@
-"""Requests that the server reads, and those that it refuses before a model sees them."""
+"""Requests that the server accepts, and requests that it refuses before they reach a model."""
 
 import msgpack
 import numpy as np
@@ -16,7 +16,7 @@ def read(request):
 
 
 def refusal(request):
-    """The message of a request that is read, but makes no sense."""
+    """Error message for a readable but invalid request."""
     with pytest.raises(RequestError) as caught:
         read(request)
     assert caught.value.code == "bad_observation"
@@ -24,7 +24,7 @@ def refusal(request):
 
 
 def as_text_array(*codes, dtype="<U"):
-    """Text of any 32-bit numbers, as a client in another language may send it."""
+    """Text with arbitrary 32-bit code points, as a client in another language may send it."""
     return np.array(codes, f"{dtype[0]}u4").view(f"{dtype}{len(codes)}").reshape(())
 
 
@@ -75,7 +75,7 @@ def test_floats_without_a_pytorch_dtype_are_refused():
     assert "action_prefix is float128" in refusal(
         {"torchpi/rtc": {**PREFIX, "action_prefix": np.zeros((2, 2), np.longdouble)}}
     )
-    # No client of this project packs such a scalar.
+    # torchpi_client does not pack such a scalar.
     scalar = {b"__npgeneric__": True, b"data": 1.0, b"dtype": np.dtype(np.longdouble).str}
     assert isinstance(unpack(pack(scalar)), np.longdouble)
     assert "x is float128" in refusal({"x": scalar})
@@ -118,7 +118,7 @@ def test_numpys_integers_are_integers():
         ({b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [1], b"data": b"1234"}, "the package msgpack-numpy"),
         ({b"nd": False, b"type": "<f4", b"data": b"1234"}, "the package msgpack-numpy"),
         ({"nd": True, "type": "<f4", "kind": "", "shape": [1], "data": b"1234"}, "the package msgpack-numpy"),
-        ({"__ndarray__": True, "data": b"1234", "dtype": "<f4", "shape": [1]}, "makes text of the byte-string keys"),
+        ({"__ndarray__": True, "data": b"1234", "dtype": "<f4", "shape": [1]}, "turns the byte-string keys into text"),
         ({"__numpy__": "MTIzNA==", "dtype": "<f4", "shape": [1]}, "the package json-numpy"),
         ({"__ndarray_class__": True, "as_npy": b"..."}, "GR00T's client"),
     ],
@@ -178,5 +178,5 @@ def test_options_within_their_limits_arrive():
     _, options = read({"torchpi/noise": noise.astype(">f8"), "torchpi/rtc": PREFIX})
     np.testing.assert_array_equal(options.noise, noise.astype(np.float32))
     np.testing.assert_array_equal(options.previous.actions, PREFIX["action_prefix"])
-    # Not a number that any model reads: a client's way to say that it waits for ever.
+    # An infinite deadline is allowed: it means that the client waits for ever.
     assert read({"torchpi/deadline": 1e300})[1].deadline == 1e300

@@ -44,7 +44,7 @@ def test_largest_episode_is_saved_when_the_memory_of_all_clients_is_full(tmp_pat
     size = sum(value.nbytes for value in request_frame(policy.embodiment, observation(), actions).values())
     monkeypatch.setattr("torchpi.serving.recorder.EPISODE_MB", 4 * size / 2**20)
     with Recorder({"p0": tmp_path / "set"}, Metrics()) as recorder:
-        # At the fifth request client 0 has three in memory, at the eighth client 2 has; at the end the rest is saved.
+        # Client 0 has the largest episode at the fifth request, client 2 at the eighth; the rest is saved at the end.
         for i, client in enumerate((0, 0, 1, 0, 2, 2, 2, 1, 0)):
             recorder.keep("p0", client, policy, observation(float(i)), actions)
     kept = LeRobotDataset(tmp_path / "set", action_horizon=1)
@@ -94,7 +94,7 @@ def test_failing_recording_does_not_stop_the_robot(tmp_path, caplog):
 
 
 def two_cameras(base="base", wrist="wrist"):
-    """A policy of a robot whose camera at the wrist is optional."""
+    """Policy for a robot with an optional wrist camera."""
     policy = FakePolicy()
     cameras = (Camera("base_0_rgb", base), Camera("left_wrist_0_rgb", wrist, presence="optional"))
     policy.embodiment = dataclasses.replace(policy.embodiment, cameras=cameras)
@@ -106,7 +106,7 @@ def image(height, width, value=9):
 
 
 def recorded(path, policy, requests, *, metrics=None):
-    """The frames of a dataset of these requests, each of (client, its fields)."""
+    """Record requests, pairs of client and fields, and return the dataset's frames."""
     with Recorder({"p0": path}, metrics or Metrics()) as recorder:
         for i, (client, fields) in enumerate(requests):
             sent = {"state": np.array([i, 0.0], np.float32), "prompt": "push", **fields}
@@ -181,7 +181,7 @@ def test_nested_flat_and_mixed_keys_are_recorded(tmp_path, sent):
     state = (StateKey("robot.arm.state", ("x", "y")),)
     policy.embodiment = dataclasses.replace(policy.embodiment, state=state)
     request = {"prompt": "push", "images.front": {"rgb": image(6, 8)}, **sent}
-    policy.embodiment.to_model(request)  # it is taken
+    policy.embodiment.to_model(request)  # the policy accepts it
     [frame] = recorded(tmp_path / "set", policy, [(0, request)])
     np.testing.assert_array_equal(frame["observation.state"], [1, 2])
     np.testing.assert_array_equal(frame["observation.images.rgb"], image(6, 8))

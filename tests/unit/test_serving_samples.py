@@ -1,4 +1,4 @@
-"""A server that samples several chunks per request, its page and metrics, and a control loop that reads the spread."""
+"""Serving with several samples per request: answers, dashboard, metrics, and a control loop that uses the spread."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_server_answers_with_samples_and_their_spread_on_the_page_and_in_the_met
         for name in ("actions", "samples", "action_std", "velocity_residuals", "uncertainty", "sample_index"):
             np.testing.assert_allclose(answer[name], expected[name], atol=1e-5)
         assert np.array_equal(answer["actions"], answer["samples"][answer["sample_index"]])
-        # Without noise: a sample is what a server without samples answers in its place.
+        # Without torchpi/noise, the first sample equals the answer of a server without samples.
         first = other.ask(asked)["samples"][0]
         page = json.loads(http(url, "/dashboard.json")[1])["robots"][0]["answered"]
         assert (page["num_samples"], page["uncertainty"]) == (3, float(f"{expected['uncertainty']:.4g}"))
@@ -71,7 +71,7 @@ def test_control_loop_holds_the_robot_of_an_uncertain_policy(demo):
 
         def observe(self):
             self.observed += 1
-            if self.observed == 4:  # behind the warm-up two chunks have been refused
+            if self.observed == 4:  # after the warm-up, two chunks have been refused
                 loop.stop()
             return demo.example_observation()
 

@@ -40,7 +40,7 @@ def encoded(image, kind="PNG"):
 
 
 def with_chunks(image, kind, data, count):
-    """The image with so many further chunks."""
+    """The PNG with `count` additional chunks."""
     png = encoded(image)
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return png | {"data": png["data"][:33] + chunk * count + png["data"][33:]}
@@ -52,7 +52,7 @@ def observed(first=0.0, image=None, **fields):
 
 
 class Benchmark:
-    """A connection, message by message."""
+    """Connection to a server, message by message."""
 
     def __init__(self, url, stack):
         self.socket = stack.enter_context(connect(url, compression=None, proxy=None, open_timeout=SECONDS))
@@ -68,7 +68,7 @@ class Benchmark:
         return message
 
     def ask(self, kind, payload):
-        """Type and payload of the answer, whose seq is the question's; of an action the numbers."""
+        """Type and payload of the answer, or the numbers of an action; the answer must have the request's seq."""
         self.send(kind, payload)
         answer = self.receive()
         assert answer["seq"] == self.seq
@@ -85,7 +85,7 @@ class Benchmark:
 
 @contextlib.contextmanager
 def benchmarks(policy, count=1, **settings):
-    """Benchmarks that have said hello."""
+    """Connected benchmarks after their hello."""
     settings = {"rename": RENAME, **settings}
     with served(policy, protocol="vla-eval", **settings) as (url, server), contextlib.ExitStack() as stack:
         server.scheduler.ready.result(SECONDS)
@@ -183,7 +183,7 @@ def test_missing_observation_keys_are_named(payload, words):
         assert text.startswith("bad_observation: ")
         assert [word for word in words if word not in text] == []
         assert benchmark.ask("observation", observed()).shape == (2,)
-        text = benchmark.error("observation", {"images": {}})  # though the chunk has an action left
+        text = benchmark.error("observation", {"images": {}})  # even while the chunk has an action left
         assert "lacks" in text
         assert metric(url, 'torchpi_requests_total{outcome="bad_observation",policy="p0"}') == 2
 
@@ -193,7 +193,7 @@ def test_unknown_message_is_an_error_and_keeps_the_connection():
         for kind in ("action", "reset", ""):
             text = benchmark.error(kind, {})
             assert text.startswith(f"unknown_message: The type is {kind!r}; expected hello, observation, episode_start")
-        benchmark.send("error", {"error": "the simulator died"})  # the client's own error has no answer
+        benchmark.send("error", {"error": "the simulator died"})  # an error from the client has no answer
         assert benchmark.ask("observation", observed()).shape == (2,)
 
 
@@ -237,7 +237,7 @@ def test_health_page_reports_readiness():
     policy = FakePolicy(held=True)
     with served(policy, protocol="vla-eval", rename=RENAME) as (url, server), contextlib.ExitStack() as stack:
         assert http(url, "/health") == (503, '{"status": "not ready"}\n')
-        with pytest.raises(InvalidStatus, match="503"):  # its client tries again
+        with pytest.raises(InvalidStatus, match="503"):  # the client retries
             Benchmark(url, stack)
         policy.release()
         server.scheduler.ready.result(SECONDS)
@@ -245,7 +245,7 @@ def test_health_page_reports_readiness():
         assert json.loads(http(url, "/health")[1]) == {"status": "ok"}
         status, text = http(url, "/config?max_batch_size=8")
         assert (status, "--max-batch" in text) == (422, True)
-    with served(FakePolicy()) as (url, _):  # openpi's protocol has no such pages
+    with served(FakePolicy()) as (url, _):  # these pages do not exist with openpi's protocol
         assert http(url, "/health")[0] == 404
 
 

@@ -1,4 +1,4 @@
-"""Threads on a busy CPU: what commands set, and that the user's own settings win."""
+"""Thread settings of the commands, which do not override the user's."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from torchpi.threads import SPIN_COUNT, limit_threads, spin_briefly
 @pytest.fixture
 def threads(monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -25,9 +25,9 @@ LIBERO = "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark"
 
 
 class Reaching(StepBenchmark):
-    """LIBERO's observations and specs without its simulator: done when three actions of seven numbers came."""
+    """LIBERO's observations and specs without its simulator; succeeds after three actions of seven numbers."""
 
-    made: "list[Reaching]" = []  # noqa: RUF012  of this process
+    made: "list[Reaching]" = []  # noqa: RUF012
 
     def __init__(self, send_wrist_image: bool = False, send_state: bool = False, quat_no_antipodal: bool = False):
         super().__init__()
@@ -73,7 +73,7 @@ def policy():
 
 @contextlib.contextmanager
 def served(policy):
-    """The address of a server that is ready."""
+    """Address of a ready server."""
     with running_server({"it": lambda: policy}, ServeSettings(port=0, protocol="vla-eval")) as (url, server):
         server.scheduler.ready.result(SECONDS)
         yield url
@@ -97,7 +97,7 @@ def test_harness_runs_a_policy_and_accepts_its_specs(policy, caplog):
     assert result["mean_success"] == 1.0
     assert "Spec validation passed" in caplog.text
     benchmark = Reaching.made[-1]
-    assert benchmark.params == (True, True, False)  # the last: its name does not say LIBERO
+    assert benchmark.params == (True, True, False)  # quat_no_antipodal is only for names with LIBERO
     assert [action.shape for action in benchmark.actions] == [(7,)] * 3
     assert seen[-1]["prompt"] == "reach"
     np.testing.assert_array_equal(
@@ -121,7 +121,7 @@ def test_liberos_benchmark_keeps_the_quaternions_sign_for_policies(policy):
         benchmark, action = anyio.run(hello, url)
     assert benchmark.params == (True, True, True)
     state = benchmark.make_obs(benchmark.reset({}), {"name": "x"})["states"]
-    angle = 2 * np.arccos(-0.8)  # beyond π: robosuite's, and openpi's client's
+    angle = 2 * np.arccos(-0.8)  # beyond π, as in robosuite and openpi's client
     np.testing.assert_allclose(state[3:6], [angle, 0, 0], atol=1e-6)
     assert action["actions"].shape == (7,)
 

@@ -1,4 +1,4 @@
-"""Triton kernels against their plain twins: on the GPU or, with TRITON_INTERPRET=1, in Triton's interpreter.
+"""Triton kernels against their plain versions: on the GPU or, with TRITON_INTERPRET=1, in Triton's interpreter.
 
     TRITON_INTERPRET=1 pytest tests/unit/triton_kernels.py
 
@@ -22,13 +22,13 @@ from torchpi.engine.quantize import quantize_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, of a sigmoid near 0
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # from NumPy, for a sigmoid near 0
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def rounding_interpreter():
-    """Give the interpreter a GPU's bfloat16 and e4m3: it truncates where a GPU rounds, and multiplies bit patterns."""
+    """Make the interpreter round to bfloat16 and e4m3 as a GPU does: it truncates, and multiplies bit patterns."""
     if not INTERPRETED:
         yield
         return
@@ -83,14 +83,14 @@ def normal(*shape, dtype=torch.float32):
 
 
 def assert_equal(got, expected, factor=1.0):
-    """Equal within the tolerances above; `factor` times them."""
+    """Assert equality within `factor` times the tolerances above."""
     assert got.dtype == expected.dtype
     relative = 1e-5 if got.dtype == torch.float32 else 2**-7
     torch.testing.assert_close(got.float(), expected.float(), rtol=factor * relative, atol=factor * 1e-5)
 
 
 def assert_same_norms(total, got, expected):
-    """The sum to the bit, and it normalized."""
+    """Assert that the sum is bitwise equal, and the norm's output within the tolerances."""
     assert torch.equal(got[0], total)
     assert_equal(got[1], expected[1])
 
@@ -138,7 +138,7 @@ def test_split_rope_store(kernels, batch, num_tokens, num_heads, groups, head_di
     qkv = normal(batch, num_tokens, (num_heads + 2 * groups) * head_dim, dtype=dtype)
     angle = 300 * torch.rand(batch if per_sample else 1, num_tokens, head_dim // 2, device=DEVICE)
     caches = [normal(2, 3, batch, num_tokens + 9, groups, head_dim, dtype=dtype)[:, 1] for _ in range(2)]
-    caches[1].copy_(caches[0])  # one layer's of several
+    caches[1].copy_(caches[0])  # the cache of one of several layers
     got = kernels.split_rope_store(qkv, angle.cos(), angle.sin(), *caches[0], 5)
     expected = PLAIN.split_rope_store(qkv, angle.cos(), angle.sin(), *caches[1], 5)
     assert_equal(got, expected)
@@ -161,7 +161,7 @@ def test_geglu(kernels, batch, num_tokens, width, dtype):
 )
 def test_linear_geglu(kernels, batch, num_tokens, depth, width, dtype):
     x, weight = normal(batch, num_tokens, depth, dtype=dtype), normal(2 * width, depth, dtype=dtype) * depth**-0.5
-    # The twin rounds gate and up to bfloat16, the kernel only what comes out.
+    # The plain version rounds gate and up to bfloat16, the kernel only the output.
     assert_equal(kernels.linear_geglu(x, weight), PLAIN.linear_geglu(x.float(), weight.float()).to(dtype))
 
 
@@ -185,8 +185,8 @@ def test_attend(kernels, monkeypatch, groups, num_tokens, num_prefix, num_state_
     arguments = torch.tensor(valid, dtype=torch.int32, device=DEVICE), num_prefix, num_state_tokens
     got = kernels.attend(q, keys, values, *arguments).float()
     expected = PLAIN.attend(q.float(), keys.float(), values.float(), *arguments)
-    # In bfloat16, as in the plain model, each weight of the softmax is rounded by at most 2^-9 of itself, and so is
-    # what comes out: together less than 2^-8 of the largest value.
+    # In bfloat16, as in the plain model, softmax weights and output are each rounded by a relative error of up to
+    # 2^-9: together less than 2^-8 of the largest value.
     absolute = 2**-8 * values.float().abs().max().item() if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=absolute)
 
@@ -213,7 +213,7 @@ def test_to_fp8_rounds_to_the_same_bits_as_the_plain_one(kernels, dtype):
 
 
 def fp8_calls(dtype):
-    """By operation that rounds to e4m3, its arguments."""
+    """Arguments of each operation that rounds to e4m3."""
     x, y = normal(2, 2, 7, 72, dtype=dtype)
     table, q, cache = normal(2, 1, 1, 216), normal(1, 33, 4, 24, dtype=dtype), normal(2, 1, 83, 1, 24, dtype=dtype)
     valid = torch.tensor([40], dtype=torch.int32, device=DEVICE)
@@ -238,14 +238,14 @@ def test_fp8_output_of_every_kernel_is_its_output_rounded(kernels, monkeypatch, 
             plain, rounded = plain[1], rounded[1]
         expected = PLAIN.to_fp8(plain, 0.001)
         assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
-        assert expected.float().abs().max() == 448  # some are too large
+        assert expected.float().abs().max() == 448  # some values are clamped
 
 
 def test_fp8_linear_geglu_equals_the_plain_one(kernels):
     x, weight = PLAIN.to_fp8(normal(2, 17, 72), 0.01), PLAIN.to_fp8(normal(200, 72), 0.01)
     arguments = x, weight, 1e-4 * (1 + torch.rand(200, device=DEVICE)), 0.3
     got, expected = (operations.linear_geglu(*arguments).float() for operations in (kernels, PLAIN))
-    # Float32 sums in another order: where one is near the middle of two numbers of e4m3, the next one.
+    # Float32 sums have another order, so a sum midway between two e4m3 numbers may be rounded to the other one.
     torch.testing.assert_close(got, expected, rtol=2**-3, atol=2**-9)
     assert (got != expected).float().mean() < 0.01
 
@@ -266,6 +266,6 @@ def test_engine_with_kernels_samples_the_models_actions(kernels, pi05, fp8):
     actions = engine.sample_actions(observation, noise=noise, num_steps=2)
     assert len(engine.metadata["warm_buckets"]) == 1
     expected = model.sample_actions(observation, noise=noise, num_steps=2)
-    # A rounded activation may be the next one where the sums before it differ in their last bits.
+    # If sums differ in their last bits, an activation may be rounded to the neighbouring value.
     atol = 2e-3 * expected.abs().max().item() if fp8 else 2e-5
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=atol)

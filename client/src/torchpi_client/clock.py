@@ -13,11 +13,9 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """The current time."""
-        ...
 
     def sleep_until(self, moment: float) -> None:
         """Sleep until this time; return immediately if it has passed."""
-        ...
 
 
 class MonotonicClock:

@@ -28,19 +28,15 @@ class Inference(Protocol):
     @property
     def busy(self) -> bool:
         """True from `start` until its answer is taken."""
-        ...
 
     def start(self, observation: dict[str, Any]) -> None:
         """Send a request; only while not busy."""
-        ...
 
     def poll(self) -> Answer | None:
         """Take the answer, or None if it has not arrived."""
-        ...
 
     def wait(self, seconds: float) -> Answer | None:
         """Wait for the answer and take it; None after this many seconds without one."""
-        ...
 
 
 class BackgroundInference:

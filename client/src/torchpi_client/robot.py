@@ -17,11 +17,9 @@ class Robot(Protocol):
 
     def observe(self) -> dict[str, Any]:
         """The current observation, with the keys that the policy's embodiment reads."""
-        ...
 
     def act(self, action: np.ndarray) -> None:
         """Send an action, float32 [a] in the robot's units. Return immediately: the loop keeps the time."""
-        ...
 
 
 @runtime_checkable
@@ -31,11 +29,9 @@ class InferringPolicy(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """May have "control_hz", "execute_steps", "action_names", "action_commands" and "torchpi/rtc" for the loop."""
-        ...
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
         """Infer {"actions": [H, a], …} from one observation."""
-        ...
 
 
 def check_commands(own: Sequence[Any] | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -119,10 +119,7 @@ class Pages:
             status, content = http.HTTPStatus.UNPROCESSABLE_ENTITY, {"errors": errors}
         else:
             content = {"config": {"max_batch_size": self._state.settings.max_batch}}
-        response = connection.respond(status, f"{json.dumps(content)}\n")
-        del response.headers["Content-Type"]
-        response.headers["Content-Type"] = "application/json"
-        return response
+        return _with_body(connection, f"{json.dumps(content)}\n".encode(), "application/json", status)
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
         self._state.metrics.refused.labels(reason).inc()
@@ -188,8 +185,10 @@ def _names_this_machine(request: Request) -> bool:
     return len(hosts) == 1 and re.sub(r":[0-9]+$", "", hosts[0]).strip("[]").lower() in LOCAL_HOSTS
 
 
-def _with_body(connection: ServerConnection, body: bytes, content_type: str) -> Response:
-    response = connection.respond(http.HTTPStatus.OK, "")
+def _with_body(
+    connection: ServerConnection, body: bytes, content_type: str, status: http.HTTPStatus = http.HTTPStatus.OK
+) -> Response:
+    response = connection.respond(status, "")
     for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body)))):
         del response.headers[name]
         response.headers[name] = value

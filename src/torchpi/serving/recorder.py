@@ -202,8 +202,8 @@ class _Recording:
 
     def _create_writer(self) -> LeRobotWriter:
         """Create the dataset. Cameras that have sent nothing yet get the image shape of another camera."""
-        known = next(self._shapes[key] for key in self._cameras if key in self._shapes)
-        shapes = dict.fromkeys(self._cameras, known) | self._shapes
+        default = next(self._shapes[key] for key in self._cameras if key in self._shapes)
+        shapes = dict.fromkeys(self._cameras, default) | self._shapes
         embodiment = self._embodiment
         rate = (embodiment.control_hz or 1) / (embodiment.execute_steps or self._horizon)
         writer = LeRobotWriter(

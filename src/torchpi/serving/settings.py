@@ -67,8 +67,9 @@ class ServeSettings:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
         if not 4 * self.max_message_mb <= self.max_memory_mb < math.inf:
             raise ServingError(
-                f"max_memory_mb is {self.max_memory_mb:g}; expected at least {4 * self.max_message_mb:g}, and below "
-                "infinity: four times max_message_mb, for a message, its arrays, the one behind it and the dashboard's."
+                f"max_memory_mb is {self.max_memory_mb:g}; expected a finite number of at least "
+                f"{4 * self.max_message_mb:g}: four times max_message_mb, for a message, its arrays, the next message "
+                "and the dashboard's."
             )
         if self.num_steps is not None and not (is_whole(self.num_steps) and 1 <= self.num_steps <= MAX_NUM_STEPS):
             raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}, a whole number.")
