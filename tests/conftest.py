@@ -9,8 +9,8 @@ from jaxtyping import install_import_hook
 def _modules_with_shapes() -> list[str]:
     """Modules of torchpi that annotate shapes. Checking every other call too would take a third of the tests' time."""
     spec = importlib.util.find_spec("torchpi")
-    assert spec is not None and spec.origin is not None
-    root = pathlib.Path(spec.origin).parent
+    assert spec is not None
+    root = pathlib.Path(str(spec.origin)).parent
     files = [path for path in root.rglob("*.py") if "jaxtyping" in path.read_text(encoding="utf-8")]
     return [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in files]
 

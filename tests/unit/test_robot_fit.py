@@ -9,8 +9,14 @@ import pytest
 
 from torchpi.assets import assets
 from torchpi.cli import main
-from torchpi.data import LeRobotDataset
-from torchpi.data.fit import misfits, released_fits, stats_problems, unit_problems
+from torchpi.data import LeRobotDataset, compute_norm_stats
+from torchpi.data.fit import (
+    misfits,
+    released_fits,
+    require_normalizable_actions,
+    stats_problems,
+    unit_problems,
+)
 from torchpi.data.writer import LeRobotWriter
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.transforms import Normalization, NormStats, save_norm_stats
@@ -171,13 +177,16 @@ ENDS = np.quantile(UNIFORM, [0.01, 0.99], axis=0)
 ELBOW = np.arange(7) == 2
 
 
-def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
-    """Those of a policy with these statistics of state and actions."""
-    stated = dict.fromkeys(("state", "actions"), given)
-    transforms = Transforms(
-        stated, dict.fromkeys(stated, Normalization(kind)), load_tokenizer(assets() / "tiny_tokenizer.model"),
+def normalizing(kind: str, **given: NormStats) -> Transforms:
+    return Transforms(
+        given, dict.fromkeys(given, Normalization(kind)), load_tokenizer(assets() / "tiny_tokenizer.model"),
         discrete_state_input=True, max_token_len=None, action_dim=7,
     )  # fmt: skip
+
+
+def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
+    """Those of a policy with these statistics of state and actions."""
+    transforms = normalizing(kind, state=given, actions=given)
     dataset = LeRobotDataset(record(tmp_path / f"set_{kind}", "ur5e", UNIFORM), action_horizon=2)
     return stats_problems(dataset, ABSOLUTE, transforms)
 
@@ -235,3 +244,17 @@ def test_compare_without_a_checkpoint_ranks_the_released_ones(ur5e, capsys):
     text = shown(capsys, *arguments).out
     assert "ur5e (ur5e) in pi05_base, pi0_base; 0 dimensions differ:\n    fits" in text
     assert "physical-intelligence/libero" in text
+
+
+def test_action_that_is_nearly_always_the_same_cannot_be_trained_with_its_own_quantiles(tmp_path):
+    """They are equal, so that quantile normalization would multiply its other values by a million."""
+    sparse = np.where(np.arange(7) == 5, 0, UNIFORM)
+    sparse[200, 5] = 0.5
+    dataset = LeRobotDataset(record(tmp_path / "sparse", "ur5e", sparse), action_horizon=1)
+    own = compute_norm_stats(dataset, ABSOLUTE, action_horizon=1)
+    with pytest.raises(ValueError, match=r"wrist_3_joint is 0 to 0 in 98% of the frames.* widen q01 and q99"):
+        require_normalizable_actions(dataset, ABSOLUTE, normalizing("quantile", **own))
+    require_normalizable_actions(dataset, ABSOLUTE, normalizing("z_score", **own))
+    usual = LeRobotDataset(record(tmp_path / "usual", "ur5e", UNIFORM), action_horizon=1)
+    own = compute_norm_stats(usual, ABSOLUTE, action_horizon=1)
+    require_normalizable_actions(usual, ABSOLUTE, normalizing("quantile", **own))

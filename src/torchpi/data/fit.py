@@ -200,6 +200,30 @@ def stats_problems(dataset: LeRobotDataset, embodiment: Embodiment, transforms: 
     return problems
 
 
+def require_normalizable_actions(dataset: LeRobotDataset, embodiment: Embodiment, transforms: Transforms) -> None:
+    """Check the statistics of a dataset that its own actions are normalized with.
+
+    Raises:
+        ValueError: a dimension is nearly always the same, so that quantile normalization blows up its other values.
+    """
+    stats, kind = transforms.norm_stats["actions"], transforms.normalization["actions"].kind
+    low, high = stats.training_range(kind)
+    normalized_rms = np.hypot(stats.mean - (low + high) / 2, stats.std) / ((high - low) / 2 + _EPS)
+    names = embodiment.action_names
+    blown_up = [
+        f"{names[i]} is {low[i]:.4g} to {high[i]:.4g} in 98% of the frames, with a standard deviation of "
+        f"{stats.std[i]:.3g} over all frames (the root mean square of its normalized values is {normalized_rms[i]:.3g} "
+        "instead of about 1)"
+        for i in np.flatnonzero(normalized_rms[: len(names)] > _MAX_NORMALIZED_RMS)
+    ]
+    if kind == "quantile" and blown_up:
+        raise DatasetError(
+            f"The actions of {dataset.path} can't be trained with quantile normalization: "
+            f"{first_of(blown_up, 3, '; ')}. Write the statistics with torchpi stats --out norm_stats.json, widen q01 "
+            "and q99 of these dimensions in the file, and train with --norm-stats norm_stats.json."
+        )
+
+
 def _misfit(key: str, coverage: KeyCoverage, ours: NormStats, theirs: NormStats) -> tuple[str, bool]:
     """The fraction of values outside other statistics, the worst dimensions and likely causes; empty if they fit. True
     if the normalized values are too large for any training."""

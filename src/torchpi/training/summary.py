@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from torchpi.data.fit import stats_problems
+from torchpi.data.fit import require_normalizable_actions, stats_problems
 from torchpi.data.rate import rate_note
 from torchpi.devices import has_bfloat16
 from torchpi.errors import counted, first_of
@@ -96,7 +96,11 @@ def describe(
         _describe_dataset(console, config, dataset, source, dataset["weight"] / weights)
         for gap in control_gaps(source.embodiment, model.config.action_horizon):
             console.print(f"  warning: embodiment {source.embodiment.name}: {gap}")
-        if source.source.norm_stats != "dataset" and not first_step:
+        if first_step:
+            continue
+        if source.source.norm_stats == "dataset":
+            require_normalizable_actions(source.train, source.embodiment, policy.transforms)
+        else:
             for problem in stats_problems(source.train, source.embodiment, policy.transforms):
                 console.print(f"  warning: {problem}")
     own_stats = [source for source in data if source.source.norm_stats == "dataset"]
