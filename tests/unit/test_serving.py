@@ -520,7 +520,7 @@ def test_number_of_entries_in_a_message_is_limited():
         ({"seed": 2**64}, "The seed is 18446744073709551616; expected a whole number from 0 to 18446744073709551615"),
         ({"max_memory_mb": float("inf")}, "max_memory_mb is inf; expected a finite number of at least 128"),
         ({"max_memory_mb": float("inf"), "max_message_mb": float("inf")}, "max_memory_mb is inf"),
-        ({"max_memory_mb": 100.0}, "max_memory_mb is 100; expected at least 128"),
+        ({"max_memory_mb": 100.0}, "max_memory_mb is 100; expected a finite number of at least 128"),
     ],
 )
 def test_invalid_settings_are_refused(settings, message):
