@@ -1,4 +1,4 @@
-"""ALOHA's HDF5 episodes become a LeRobot dataset."""
+"""Conversion of ALOHA's HDF5 episodes to a LeRobot dataset."""
 
 import importlib.util
 import io
@@ -28,14 +28,14 @@ def script():
 
 
 def smooth_images(rng, num_frames, height=24, width=32):
-    """That JPEG and video hardly change."""
+    """Images that JPEG and video hardly change."""
     rows, columns = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     colours = rng.uniform(0, 120, (num_frames, 1, 1, 3))
     return (colours + 60 * rows + 60 * columns).astype(np.uint8)
 
 
 def write_episode(path, *, num_frames=5, compressed=False, seed=0, cameras=CAMERAS):
-    """As ALOHA's recording script does it; returns the images."""
+    """Write an episode like ALOHA's recording script, and return its images."""
     rng = np.random.default_rng(seed)
     images = {name: smooth_images(rng, num_frames) for name in cameras}
     with h5py.File(path, "w") as file:
@@ -61,7 +61,7 @@ def padded_jpegs(images):
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["raw", "jpeg"])
 @pytest.mark.parametrize("video", [False, True], ids=["images", "video"])
-def test_episodes_are_read_back_as_aloha(compressed, video, script, tmp_path):
+def test_converted_episodes_are_read_as_aloha(compressed, video, script, tmp_path):
     (tmp_path / "in").mkdir()
     numbers = (0, 2, 10)  # by number, not by name
     images = [
@@ -125,7 +125,7 @@ def test_folder_without_episodes_is_an_error(script, tmp_path):
         (lambda f: replace(f, "observations/images/cam_low", np.ones((5, 99), np.uint8)), "JPEG of cam_low in frame 0"),
     ],
 )
-def test_episode_unlike_the_first_is_an_error(damage, message, script, tmp_path):
+def test_episode_that_differs_from_the_first_is_an_error(damage, message, script, tmp_path):
     for n in range(2):
         write_episode(tmp_path / f"episode_{n}.hdf5", seed=n)
     with h5py.File(tmp_path / "episode_1.hdf5", "r+") as file:
@@ -145,8 +145,8 @@ def test_truncated_file_is_an_error(script, tmp_path):
     refused(script, tmp_path, r"episode_0\.hdf5 is truncated, or no HDF5 file")
 
 
-def test_damaged_image_ends_the_conversion_and_keeps_the_rest(script, tmp_path):
-    """The episodes before it are kept, as the error is about the others."""
+def test_damaged_image_stops_the_conversion_and_keeps_earlier_episodes(script, tmp_path):
+    """Only later episodes are affected by the error."""
     write_episode(tmp_path / "episode_0.hdf5")
     write_episode(tmp_path / "episode_1.hdf5", compressed=True)
     with h5py.File(tmp_path / "episode_1.hdf5", "r+") as file:

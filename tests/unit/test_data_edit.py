@@ -1,4 +1,4 @@
-"""`torchpi data merge | split | delete | resample`: the right frames with the right numbers, whole or not at all."""
+"""`torchpi data merge | split | delete | resample`: the right frames and numbers, written completely or not at all."""
 
 import dataclasses
 import errno
@@ -51,7 +51,7 @@ def ramp(episode, frames):
     return [1000 * episode + t for t in frames]
 
 
-def test_merged_sets_follow_each_other(videos, tmp_path):
+def test_merged_datasets_are_concatenated(videos, tmp_path):
     other = numbered_set(tmp_path / "other", (2, 6), first=7, tasks=["open it", "push it"])
     result = merge_datasets([videos, other], tmp_path / "new")
     assert (result.episodes, result.frames, result.videos_copied, result.videos_encoded) == (5, 20, 5, 0)
@@ -65,7 +65,7 @@ def test_merged_sets_follow_each_other(videos, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_statistics_of_a_merged_set(videos, tmp_path):
+def test_statistics_of_a_merged_dataset(videos, tmp_path):
     other = numbered_set(tmp_path / "other", (2,), first=7)
     merge_datasets([videos, other], tmp_path / "new")
     stats = json.loads((tmp_path / "new/meta/stats.json").read_text())
@@ -78,7 +78,7 @@ def test_statistics_of_a_merged_set(videos, tmp_path):
     assert stats[FRONT]["count"] == [14]
 
 
-def test_statistics_of_parts_are_those_of_all():
+def test_merged_statistics_equal_those_of_all_values():
     values = np.random.default_rng(0).normal(size=(30, 3, 1, 1))
 
     def of(part):
@@ -123,7 +123,7 @@ def test_resampled_frames_are_the_nearest_and_increments_are_summed(is_video, vi
     assert [read_number(dataset[i][FRONT]) for i in range(5)] == [0, 2, 1000, 2000, 2002]
 
 
-def test_commands_of_a_robot_are_found_by_the_names_of_its_actions(tmp_path):
+def test_commands_of_a_robot_are_matched_by_action_names(tmp_path):
     actions = (ActionDim("turn", command="increment"), ActionDim("lift", command="position"))
     robot = dataclasses.replace(
         Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["lift"], actions=["lift"]), actions=actions
@@ -141,7 +141,7 @@ def test_commands_of_a_robot_are_found_by_the_names_of_its_actions(tmp_path):
         resample_dataset(tmp_path / "set", tmp_path / "other", 5, commands=wrong)
 
 
-def test_an_episode_without_its_own_keyframe_is_encoded_anew(videos, tmp_path):
+def test_episode_without_its_own_keyframe_is_reencoded(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     encode_without_keyframes(source)
     result = merge_datasets([videos, source], tmp_path / "new")
@@ -162,7 +162,7 @@ def test_older_formats_become_v3(golden_root, tmp_path):
         assert all(np.array_equal(old[i][key], new[i][key]) for key in old[i])
 
 
-def test_clock_that_begins_later_begins_at_zero(videos, tmp_path):
+def test_clock_that_starts_later_is_shifted_to_zero(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     (file,) = source.glob("data/*/*.parquet")
     place = pq.read_schema(file).get_field_index("timestamp")
@@ -171,7 +171,7 @@ def test_clock_that_begins_later_begins_at_zero(videos, tmp_path):
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
 
 
-def test_what_others_added_is_kept(videos, tmp_path):
+def test_extra_files_columns_and_features_are_kept(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     (source / "meta/modality.json").write_text("{}")
     (file,) = source.glob("meta/episodes/*/*.parquet")
@@ -201,14 +201,14 @@ def test_what_others_added_is_kept(videos, tmp_path):
         ({"video": False}, "the dtype of observation.images.front is video in the first and image in the second"),
     ],
 )
-def test_different_sets_are_not_merged(arguments, message, videos, tmp_path):
+def test_merging_different_datasets_is_an_error(arguments, message, videos, tmp_path):
     other = numbered_set(tmp_path / "other", (2,), **arguments)
     with pytest.raises(ValueError, match=message):
         merge_datasets([videos, other], tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_robot_type_may_be_stated(images, tmp_path):
+def test_robot_type_can_be_set(images, tmp_path):
     other = numbered_set(tmp_path / "other", (2,), video=False, robot_type="other")
     merge_datasets([images, other], tmp_path / "new", robot_type="arm")
     assert open_metadata(tmp_path / "new").info.robot_type == "arm"
@@ -231,13 +231,13 @@ def test_robot_type_may_be_stated(images, tmp_path):
         (lambda path, out: resample_dataset(path, out, 5, commands=UNSTATED), "commands are not stated"),
     ],
 )
-def test_an_edit_that_can_not_be(edit, message, images, tmp_path):
+def test_impossible_edits_are_errors(edit, message, images, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         edit(images, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_files_that_differ_in_their_columns_are_not_merged(images, tmp_path):
+def test_merging_data_files_with_different_columns_is_an_error(images, tmp_path):
     other = copied(images, tmp_path / "other")
     (file,) = other.glob("data/*/*.parquet")
     narrow = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(24, np.float32)), 2)
@@ -247,7 +247,7 @@ def test_data_files_that_differ_in_their_columns_are_not_merged(images, tmp_path
     assert not (tmp_path / "new").exists()
 
 
-def test_instructions_that_are_missing_are_an_error_and_columns_without_a_feature_a_note(images, tmp_path):
+def test_missing_instructions_are_an_error_and_unknown_columns_a_note(images, tmp_path):
     source = copied(images, tmp_path / "source")
     (file,) = source.glob("data/*/*.parquet")
     change_rows(file, lambda table: table.append_column("pressure", [[0.5] * 12]))
@@ -257,14 +257,14 @@ def test_instructions_that_are_missing_are_an_error_and_columns_without_a_featur
         delete_episodes(source, tmp_path / "other", "1")
 
 
-def test_an_existing_folder_is_left_alone(images, tmp_path):
+def test_existing_folder_is_an_error(images, tmp_path):
     (tmp_path / "new").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         delete_episodes(images, tmp_path / "new", "1")
 
 
 @pytest.mark.parametrize("place", ["write_parquet", "_copy_other_files"])
-def test_a_full_disk_leaves_nothing(place, images, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing(place, images, tmp_path, monkeypatch):
     def full(*_):
         raise NO_SPACE
 
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_nothing(place, images, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_episode_can_be_deleted(videos, tmp_path):
+def test_damaged_episode_can_be_deleted(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     (file,) = source.glob("data/*/*.parquet")
     change_rows(file, lambda table: table.slice(1))  # the first frame of episode 0 is missing
@@ -284,7 +284,7 @@ def test_a_damaged_episode_can_be_deleted(videos, tmp_path):
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
 
 
-def test_a_missing_column_is_named(images, tmp_path):
+def test_missing_column_is_named(images, tmp_path):
     source = copied(images, tmp_path / "source")
     (file,) = source.glob("data/*/*.parquet")
     change_rows(file, lambda table: table.drop_columns(["task_index", FRONT]))
@@ -296,7 +296,7 @@ def test_a_missing_column_is_named(images, tmp_path):
         resample_dataset(source, tmp_path / "new", 5, commands="position")
 
 
-def test_episodes_that_share_frames_are_not_written(videos, tmp_path):
+def test_overlapping_episodes_are_an_error(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     (file,) = source.glob("meta/episodes/*/*.parquet")
     name = f"videos/{FRONT}/from_timestamp"
@@ -308,7 +308,7 @@ def test_episodes_that_share_frames_are_not_written(videos, tmp_path):
     assert numbers_of(tmp_path / "new") == [ramp(2, range(4))]
 
 
-def test_turned_and_depth_videos_stay_what_they_are(tmp_path):
+def test_rotated_and_depth_videos_are_copied_unchanged(tmp_path):
     turned = write_set(tmp_path / "turned", video=turned_video(some_picture(), ((0, 1), (-1, 0))))
     upright = write_set(tmp_path / "upright", video=turned_video(some_picture(), ((1, 0), (0, 1))))
     result = merge_datasets([turned, upright], tmp_path / "both")
@@ -333,7 +333,7 @@ def test_turned_and_depth_videos_stay_what_they_are(tmp_path):
         resample_dataset(near, tmp_path / "new", 5, commands="position")
 
 
-def test_images_in_files_of_their_own_are_put_into_the_data_file(images, tmp_path):
+def test_separate_image_files_are_embedded_in_the_data_file(images, tmp_path):
     source = copied(images, tmp_path / "source")
     (file,) = source.glob("data/*/*.parquet")
     table = pq.read_table(file)
@@ -352,7 +352,7 @@ def test_images_in_files_of_their_own_are_put_into_the_data_file(images, tmp_pat
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
 
 
-def test_command_prints_one_document(images, tmp_path, capsys):
+def test_command_prints_one_json_document(images, tmp_path, capsys):
     cli.main(["data", "split", str(images), "--parts", "a=0", "b=1:", "--out", str(tmp_path / "new"), "--json"])
     assert [result["episodes"] for result in json.loads(capsys.readouterr().out)] == [1, 2]
     cli.main(["data", "delete", str(images), "--select", "0", "--out", str(tmp_path / "other")])

@@ -1,4 +1,4 @@
-"""`torchpi data inspect` and `draft`: what is wrong with a dataset is found, and a robot is described from it."""
+"""`torchpi data inspect` finds problems of a dataset; `torchpi data draft` drafts an embodiment from it."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ RNG = np.random.default_rng(0)
 
 
 def smooth(length, low, high, seed=0):
-    """A movement from low to high and back, a little different for each seed."""
+    """A movement from low to high and back, slightly different for each seed."""
     phase = np.linspace(0, 2 * np.pi, length) + 0.3 * seed
     return low + (high - low) * (0.5 - 0.5 * np.cos(phase))
 
 
 def arm_set(path, *, ranges=((-90, 80), (-40, 95), (0, 100)), episodes=3, length=40, change=None, **arguments):
-    """A set of an arm that is told its next position; `change(e, state, action, images)` before it is written."""
+    """Record an arm whose action is its next position; `change(e, state, action, images)` edits episode e."""
     options = {"fps": 20, "cameras": {"front": (64, 96, 3), "right_wrist": (64, 96, 3)}, "robot_type": "so101"}
     options |= {"state_names": JOINTS, "action_names": JOINTS}
     with LeRobotWriter(path, **options | arguments) as writer:
@@ -55,7 +55,7 @@ def problems_of(path):
     return {problem.subject: problem.text for problem in inspect_dataset(path, pictures=2).problems}
 
 
-def test_facts_of_a_set(arm):
+def test_inspection_describes_a_dataset(arm):
     found = inspect_dataset(arm, pictures=3)
     assert (found.version, found.robot_type, found.fps, found.lengths) == ("v3.0", "so101", 20, (40, 40, 40))
     assert found.tasks == {"pick it": 2, "put it": 1}
@@ -71,7 +71,7 @@ def test_facts_of_a_set(arm):
     assert found.jumps == []
 
 
-def test_jumps_have_episode_and_frame(tmp_path):
+def test_jumps_are_found_with_episode_and_frame(tmp_path):
     def change(e, state, action, images):
         if e == 1:
             state[25, 0] = -60  # a single misreading
@@ -85,7 +85,7 @@ def test_jumps_have_episode_and_frame(tmp_path):
     assert "2 sudden changes" in text_of["observation.state shoulder_pan.pos"]
 
 
-def test_an_angle_that_wraps_is_named(tmp_path):
+def test_wrapping_angle_is_named(tmp_path):
     def change(e, state, action, images):
         for values in (state, action):
             values[:, 0] = (np.linspace(170, 190, len(values)) + 180) % 360 - 180
@@ -95,7 +95,7 @@ def test_an_angle_that_wraps_is_named(tmp_path):
     assert "unwrap" in text
 
 
-def test_gripper_that_is_open_or_closed_does_not_jump(tmp_path):
+def test_binary_gripper_does_not_count_as_jumping(tmp_path):
     def change(e, state, action, images):
         action[:, 2] = 100 * (np.arange(len(action)) // 10 % 2)
 
@@ -109,7 +109,7 @@ def test_camera_at_half_the_rate_is_found(tmp_path):
     assert "slower than 20 frames per second" in problems_of(arm_set(tmp_path / "set", change=change))[FRONT]
 
 
-def test_rest_constants_and_short_episodes_are_found(tmp_path):
+def test_idle_frames_constants_and_short_episodes_are_found(tmp_path):
     def change(e, state, action, images):
         state[:, 1], action[:, 1] = 5, 5
         state[10:], action[10:] = state[10], state[10]
@@ -141,7 +141,7 @@ def test_unreadable_episodes_do_not_hide_the_others(arm, tmp_path):
     assert len(found.cameras[0].pictures) == 2
 
 
-def test_set_of_which_nothing_can_be_read_has_its_reason(tmp_path):
+def test_unreadable_dataset_has_a_reason(tmp_path):
     path = numbered_set(tmp_path / "set", video=False)
     (file,) = path.glob("data/*/*.parquet")
     change_rows(file, lambda table: table.drop_columns(["action"]))
@@ -154,7 +154,7 @@ def test_set_of_which_nothing_can_be_read_has_its_reason(tmp_path):
         draft_embodiment(found, "arm")
 
 
-def test_names_that_are_missing_or_doubled_are_found(tmp_path):
+def test_missing_and_repeated_names_are_found(tmp_path):
     path = numbered_set(tmp_path / "set", (20,), video=False)
     features = json.loads((path / "meta/info.json").read_text())["features"]
     features["observation.state"]["names"], features["action"]["names"] = None, ["a", "a", "b"]
@@ -169,7 +169,7 @@ def test_names_that_are_missing_or_doubled_are_found(tmp_path):
     assert "The dataset has none" in problems_of(path)["observation.state"]
 
 
-def test_wrong_clock_is_a_problem_and_not_the_end(arm, tmp_path):
+def test_wrong_clock_is_a_problem_not_an_error(arm, tmp_path):
     path = copied(arm, tmp_path / "set")
     change_info(path, fps=30)
     found = inspect_dataset(path)
@@ -178,7 +178,7 @@ def test_wrong_clock_is_a_problem_and_not_the_end(arm, tmp_path):
     assert len(found.cameras) == 2
 
 
-def test_missing_video_is_a_problem_of_its_camera(tmp_path):
+def test_missing_video_is_reported_for_its_camera(tmp_path):
     path = numbered_set(tmp_path / "set", (20, 20))
     next(path.glob("videos/*/*/*.mp4")).unlink()
     found = inspect_dataset(path)
@@ -227,14 +227,14 @@ def test_unit_of_an_action_whose_command_is_unknown_is_uncertain():
         ("", lambda track: np.zeros(len(track) - 1)),
     ],
 )
-def test_commands_are_guessed_from_what_follows(command, of):
+def test_commands_are_guessed_from_the_next_state(command, of):
     track = smooth(200, -1, 1) + smooth(200, 0, 0.3, seed=2) ** 2
     guess = guess_command(of(track), track[:-1], np.arange(198), 20)
     assert guess.value == command
     assert guess.reason
 
 
-def test_page_has_pictures_and_is_complete(arm):
+def test_page_has_pictures_and_all_sections(arm):
     found = inspect_dataset(arm)
     page = render_dataset_page(dataclasses.replace(found, jumps=[Jump("action lift", 1, 25, 0.5, 9.0)]))
     assert '<td class="name">action lift</td>' in page
@@ -244,7 +244,7 @@ def test_page_has_pictures_and_is_complete(arm):
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_commands_print_text_or_one_document(arm, tmp_path, capsys):
+def test_commands_print_text_or_one_json_document(arm, tmp_path, capsys):
     cli.main(["data", "inspect", str(arm), "--html", str(tmp_path / "page.html"), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert (document["episodes"], document["frames"], document["problems"]) == (3, 120, [])
@@ -256,7 +256,7 @@ def test_commands_print_text_or_one_document(arm, tmp_path, capsys):
     assert "is not a LeRobot dataset" in capsys.readouterr().err
 
 
-def test_draft_is_read_as_it_is_and_statistics_work(arm, tmp_path, capsys):
+def test_unedited_draft_is_a_valid_embodiment(arm, tmp_path, capsys):
     file = tmp_path / "my_arm.json"
     cli.main(["data", "draft", str(arm), "--out", str(file)])
     assert "question: " in capsys.readouterr().out
@@ -277,7 +277,7 @@ def test_draft_is_read_as_it_is_and_statistics_work(arm, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_draft_asks_where_the_data_do_not_tell(tmp_path):
+def test_draft_asks_about_what_the_data_do_not_state(tmp_path):
     def change(e, state, action, images):
         action[:] = [40, 50, 60] * np.diff(np.concatenate([state, state[-1:]]), axis=0)
 
@@ -291,7 +291,7 @@ def test_draft_asks_where_the_data_do_not_tell(tmp_path):
     assert "which is … times the action" in question
 
 
-def test_draft_asks_equal_questions_once(tmp_path):
+def test_draft_merges_equal_questions(tmp_path):
     names = [f"joint_{i}" for i in range(6)]
     options = {"ranges": ((-0.5, 0.6),) * 6, "state_names": names, "action_names": names}
     document = draft_embodiment(inspect_dataset(arm_set(tmp_path / "set", **options)), "arm")
@@ -303,7 +303,7 @@ def test_draft_asks_equal_questions_once(tmp_path):
     assert len([row for row in document["actions"] if "comment" in row]) == 6
 
 
-def test_action_in_another_unit_than_the_state_is_found(tmp_path):
+def test_action_in_another_unit_than_its_state_is_found(tmp_path):
     def change(e, state, action, images):
         action[:, :2] = np.radians(action[:, :2])
 
@@ -314,7 +314,7 @@ def test_action_in_another_unit_than_the_state_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(("step", "repeated"), [(1, 0), (0, 1)])
-def test_depth_that_changes_by_a_millimetre_is_no_repeat(tmp_path, step, repeated):
+def test_depth_image_that_differs_by_a_millimetre_is_not_repeated(tmp_path, step, repeated):
     depth = some_depth()
     path = write_set(
         tmp_path / "set",
@@ -338,7 +338,7 @@ def test_depth_camera_is_shown_and_drafted_as_one(tmp_path):
         draft_embodiment(found, "arm")
 
 
-def test_draft_asks_about_cameras_that_the_model_has_no_place_for(arm):
+def test_draft_asks_about_surplus_cameras(arm):
     found = inspect_dataset(arm, pictures=1)
     front = found.cameras[0]
     views = [dataclasses.replace(front, key=f"observation.images.{name}") for name in ("left", "top", "side", "back")]

@@ -1,4 +1,4 @@
-"""The right frame of a video, by the number in its pixels, or an error: clocks, tolerances, spans, rates."""
+"""Clocks, tolerances, spans and rates: the right video frame, identified by the number in its pixels, or an error."""
 
 from fractions import Fraction
 
@@ -18,14 +18,14 @@ def opened(root, **options):
 
 
 def refused(root, match, **options):
-    """Opening or, for what only the file of the video shows, reading ends with an error; so does `check_videos`."""
+    """Require an error when the dataset is opened, or, if only the video file shows it, when it is read or checked."""
     with pytest.raises(ValueError, match=match):
         opened(root, **options)[0]
     with pytest.raises(ValueError, match=match):
         opened(root, **options).check_videos()
 
 
-# ---- clocks ----
+# Clocks
 
 JITTER = np.random.default_rng(0).uniform(-0.012, 0.012, 100)
 
@@ -42,14 +42,14 @@ JITTER = np.random.default_rng(0).uniform(-0.012, 0.012, 100)
         (lambda e, t: t + JITTER[: len(t)], "float32"),
     ],
 )
-def test_clocks_of_episodes_may_begin_anywhere(version, clock, clock_type, tmp_path):
+def test_clocks_of_episodes_may_start_at_any_time(version, clock, clock_type, tmp_path):
     root = write_set(tmp_path / "set", version=version, clock=clock, clock_type=clock_type)
     assert not wrong_frames(opened(root))
     assert not wrong_frames(opened(root, episodes=[0, 1]))
     assert not wrong_frames(opened(root, episodes=[1, 2]))
 
 
-def test_clock_that_cannot_tell_frames_apart_is_an_error(tmp_path):
+def test_too_coarse_clock_is_an_error(tmp_path):
     root = write_set(tmp_path / "set", clock=lambda e, t: t + 1.7e9)
     refused(
         root, r"episode 0 starts at 1700000000 s, where float32 has a resolution of only 128 s; write it as float64"
@@ -70,7 +70,7 @@ def test_clock_of_another_rate_is_an_error(clock, message, tmp_path):
     refused(write_set(tmp_path / "set", kind="image", clock=clock), message)
 
 
-# ---- tolerances ----
+# Tolerances
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_nearest_frame_is_read_with_any_tolerance(version, tolerance, tmp_path):
 
 
 @pytest.mark.parametrize("shift", [-0.045, 0.045, 0.055])
-def test_uneven_clock_within_the_tolerance_changes_no_frame(shift, tmp_path):
+def test_uneven_clock_within_the_tolerance_does_not_change_frames(shift, tmp_path):
     root = write_set(tmp_path / "set", clock=lambda e, t: t + shift * (t > 0))
     assert not wrong_frames(opened(root, tolerance_s=0.06))
     refused(root, r"if its clock is uneven, allow more with tolerance_s=")
 
 
-def test_times_of_frames_within_the_tolerance_change_no_frame(tmp_path):
+def test_uneven_video_within_the_tolerance_does_not_change_frames(tmp_path):
     """A camera that is early or late by up to 40 ms, seen in the times of the video."""
     times = np.arange(60) / 10 + np.random.default_rng(1).uniform(-0.04, 0.04, 60)
     times[0], times[-1] = 0, 5.86
@@ -106,11 +106,11 @@ def test_impossible_tolerances_are_errors(tolerance, tmp_path):
     refused(write_set(tmp_path / "set", kind="image"), "expected a positive number of seconds", tolerance_s=tolerance)
 
 
-# ---- spans ----
+# Spans
 
 
 def shifted(frames):
-    """Moves the spans of the episodes by so many frames each."""
+    """Shift the span of each episode by a number of frames."""
 
     def rows(found):
         for row, shift in zip(found, frames, strict=True):
@@ -126,11 +126,11 @@ def test_episodes_may_have_any_order_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [(0, -20, -35), (0, 0, -1), (0, 1, 0), (3, 0, 0), (0, 0, -30)])
-def test_episodes_that_share_frames_are_an_error(frames, tmp_path):
+def test_overlapping_episodes_are_an_error(frames, tmp_path):
     refused(write_set(tmp_path / "set", rows=shifted(frames)), r"overlap in .*file-000\.mp4 \(")
 
 
-def test_overlap_of_other_episodes_is_no_matter(tmp_path):
+def test_overlap_of_other_episodes_is_ignored(tmp_path):
     root = write_set(tmp_path / "set", rows=shifted((0, 0, -3)))
     assert not wrong_frames(opened(root, episodes=[0]))
     refused(root, "Episodes 1 and 2 overlap in", episodes=[1])
@@ -149,19 +149,19 @@ def test_overlap_of_other_episodes_is_no_matter(tmp_path):
         ((0, 0.4, 0), None, "frames of episode 1, .* are off by 0.0400 s, and tolerance_s= is 0.0250 s"),
     ],
 )
-def test_spans_that_are_not_those_of_the_frames_are_errors(frames, episodes, message, tmp_path):
+def test_spans_that_do_not_match_the_frames_are_errors(frames, episodes, message, tmp_path):
     root = write_set(tmp_path / "set", rows=shifted(frames))
     refused(root, message, episodes=episodes)
 
 
-def test_video_that_begins_late_is_an_error(tmp_path):
+def test_video_that_starts_late_is_an_error(tmp_path):
     root = write_set(tmp_path / "set", videos={FRONT: {"times": [0.2 + i / 10 for i in range(60)]}})
     refused(root, r"from 0\.2000 to 6\.1000 s, .*; from_timestamp of episode 0, 0\.0000 s, is before the first frame")
 
 
 @pytest.mark.parametrize(("late", "found"), [(0.06, 19), (0.2, 18)])
-def test_no_tolerance_takes_other_frames_of_a_video_that_begins_late(late, found, tmp_path):
-    """In a file of its own, too, more than half a frame off is another frame."""
+def test_no_tolerance_accepts_wrong_frames_of_a_late_video(late, found, tmp_path):
+    """More than half a frame off is another frame, also in a file with one episode."""
     root = write_set(tmp_path / "set", version="v2.1")
     path = root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
     encode(path, range(20), 10, times=[late + i / 10 for i in range(20)])
@@ -171,8 +171,8 @@ def test_no_tolerance_takes_other_frames_of_a_video_that_begins_late(late, found
 
 
 @pytest.mark.parametrize("version", ["v3.0", "v2.1"])
-def test_no_tolerance_takes_other_frames_of_an_uneven_video(version, tmp_path):
-    """Frames 5 to 9 are late: the one before is nearer to the time of each."""
+def test_no_tolerance_accepts_wrong_frames_of_an_uneven_video(version, tmp_path):
+    """Frames 5 to 9 are so late that the previous frame is nearer to the expected time of each."""
     times = [i / 10 + 0.06 * (5 <= i < 10) for i in range(60)]
     root = write_set(tmp_path / "set", version=version, videos={FRONT: {"times": times}} if version == "v3.0" else {})
     if version == "v2.1":
@@ -183,7 +183,7 @@ def test_no_tolerance_takes_other_frames_of_an_uneven_video(version, tmp_path):
     assert not wrong_frames(opened(root, tolerance_s=0.07, episodes=[1, 2]))
 
 
-def test_rounded_starts_are_no_matter(tmp_path):
+def test_rounded_starts_are_accepted(tmp_path):
     root = write_set(tmp_path / "set", fps=30, rows=lambda rows: [
         row.update({f"videos/{FRONT}/from_timestamp": round(row[f"videos/{FRONT}/from_timestamp"], 2)}) for row in rows
     ])  # fmt: skip
@@ -202,14 +202,14 @@ def test_rounded_starts_are_no_matter(tmp_path):
         ),  # spans drift from the second on
     ],
 )
-def test_videos_with_other_frames_than_their_episodes_are_errors(numbers, message, tmp_path):
+def test_videos_with_missing_or_extra_frames_are_errors(numbers, message, tmp_path):
     root = write_set(tmp_path / "set", videos={FRONT: {"numbers": numbers}})
     refused(root, message)
     refused(root, message, episodes=[0])  # whose frames can't be told
 
 
 @pytest.mark.parametrize("numbers", [list(range(19)), [*range(20), 20], []])
-def test_video_of_one_episode_has_its_number_of_frames(numbers, tmp_path):
+def test_video_of_one_episode_must_have_its_number_of_frames(numbers, tmp_path):
     root = write_set(tmp_path / "set", version="v2.1")
     encode(root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT), numbers or [0], 10)
     refused(root, rf"has {len(numbers) or 1} frames? .* its episode 20")
@@ -217,7 +217,7 @@ def test_video_of_one_episode_has_its_number_of_frames(numbers, tmp_path):
 
 
 def test_frames_of_a_deleted_episode_may_stay_in_the_video(tmp_path):
-    """Episode 1 of 4 is not in the metadata any more."""
+    """Episode 1 of 4 was removed from the metadata."""
     numbers = [*NUMBERS[:20], *range(9000, 9007), *NUMBERS[20:]]
     root = write_set(tmp_path / "set", rows=shifted((0, 7, 7)), videos={FRONT: {"numbers": numbers}})
     assert not wrong_frames(opened(root))
@@ -226,8 +226,8 @@ def test_frames_of_a_deleted_episode_may_stay_in_the_video(tmp_path):
     assert not wrong_frames(opened(root))
 
 
-def test_frames_of_an_episode_without_a_span_may_be_in_the_video(tmp_path):
-    """A recording that ended before the metadata of its last episode were complete."""
+def test_frames_of_an_episode_without_a_span_may_follow(tmp_path):
+    """As after a recording that ended before the metadata of its last episode were complete."""
 
     def unencoded(rows):
         rows[2][f"videos/{FRONT}/from_timestamp"] = None
@@ -236,7 +236,7 @@ def test_frames_of_an_episode_without_a_span_may_be_in_the_video(tmp_path):
     assert not wrong_frames(opened(root, episodes=[0, 1]))
 
 
-def test_missing_frame_that_left_a_gap_is_no_matter_for_other_episodes(tmp_path):
+def test_missing_frame_that_left_a_gap_does_not_affect_other_episodes(tmp_path):
     gap = [i for i in range(60) if i != 25]  # of episode 1
     video = {"numbers": [NUMBERS[i] for i in gap], "times": [i / 10 for i in gap]}
     root = write_set(tmp_path / "set", videos={FRONT: video})
@@ -244,7 +244,7 @@ def test_missing_frame_that_left_a_gap_is_no_matter_for_other_episodes(tmp_path)
     refused(root, "episode 1, from 2.0000 s .* on, has 14 frames instead of 15")
 
 
-def test_each_camera_is_compared_with_its_own_spans(tmp_path):
+def test_each_camera_is_checked_against_its_own_spans(tmp_path):
     cameras = (FRONT, WRIST)
     rows = shifted((0, 7, 7))  # of the front camera
     numbers = [*NUMBERS[:20], *range(9000, 9007), *NUMBERS[20:]]
@@ -255,7 +255,7 @@ def test_each_camera_is_compared_with_its_own_spans(tmp_path):
     assert not wrong_frames(opened(bad, cameras=[FRONT]))
 
 
-# ---- rates of videos ----
+# Rates of videos
 
 
 @pytest.mark.parametrize(
@@ -278,18 +278,18 @@ def test_video_of_another_rate_is_an_error(fps, video_fps, lengths, version, tmp
 
 
 @pytest.mark.parametrize("rate", [Fraction(30_000, 1001), Fraction(2997, 100)])
-def test_cameras_of_29_97_frames_per_second(rate, tmp_path):
+def test_camera_of_29_97_frames_per_second_is_accepted(rate, tmp_path):
     root = write_set(tmp_path / "set", (200, 30), fps=29.97, videos={FRONT: {"fps": rate}})
     assert not wrong_frames(opened(root))
 
 
 def test_short_video_may_be_off_by_less_than_the_tolerance(tmp_path):
-    """30 instead of 29.97: a tenth of a frame after 100."""
+    """30 instead of 29.97 frames per second: off by a tenth of a frame after 100 frames."""
     root = write_set(tmp_path / "set", (60, 40), fps=29.97, videos={FRONT: {"fps": 30}})
     assert not wrong_frames(opened(root))
 
 
-def test_files_are_compared_once(tmp_path, monkeypatch):
+def test_each_file_is_checked_once(tmp_path, monkeypatch):
     from torchpi.data.video import VideoPool
 
     looked_at = []

@@ -1,4 +1,4 @@
-"""Choosing episodes: by number, by task, and those to hold out."""
+"""Selection of episodes by number or task, and of held-out episodes."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def some_set(tmp_path_factory):
         ("task:open*;task:*drawer", [0, 3]),
     ],
 )
-def test_an_expression_chooses_episodes(expression, expected, some_set):
+def test_expression_selects_episodes(expression, expected, some_set):
     assert select_episodes(some_set, expression) == expected
     assert LeRobotDataset(
         some_set, action_horizon=1, episodes=select_episodes(str(some_set), expression)
@@ -69,13 +69,13 @@ def test_every_format_has_tasks(name, golden_root):
         ("2; task:open*", r"No episode of .* meets all conditions of '2; task:open\*'"),
     ],
 )
-def test_expressions_that_choose_nothing_are_errors(expression, message, some_set):
+def test_expressions_without_a_match_are_errors(expression, message, some_set):
     with pytest.raises(ValueError, match=message):
         select_episodes(some_set, expression)
 
 
 def test_ranges_skip_missing_numbers(some_set, tmp_path):
-    """A set from which somebody has removed an episode keeps the others' numbers."""
+    """Removing an episode by hand keeps the numbers of the others."""
     root = tmp_path / "old"
     shutil.copytree(some_set.parents[0] / some_set.name, root)
     import pyarrow.parquet as pq
@@ -97,7 +97,7 @@ def held(tasks, share, seed=0):
     return hold_out(tasks, share, np.random.default_rng(seed))
 
 
-def test_every_task_gives_its_share():
+def test_every_task_contributes_its_share():
     tasks = ["open"] * 100 + ["close"] * 50 + ["pour"] * 10 + ["wave"]
     assert Counter(tasks[i] for i in held(tasks, 0.1)) == {"open": 10, "close": 5, "pour": 1}
     few = ["a"] * 8 + ["b"] * 8  # one episode for two tasks: chance decides
@@ -105,7 +105,7 @@ def test_every_task_gives_its_share():
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0.001, 0.999), st.integers(0, 3))
-def test_all_tasks_stay_in_the_training(tasks, share, seed):
+def test_every_task_keeps_a_training_episode(tasks, share, seed):
     chosen = held(tasks, share, seed)
     assert chosen == sorted(set(chosen)) == held(tasks, share, seed)
     assert 1 <= len(chosen) <= max(1, round(share * len(tasks)))

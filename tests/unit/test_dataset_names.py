@@ -1,4 +1,4 @@
-"""The names of a dataset's dimensions against the robot's: put into its order, or refused; never another joint."""
+"""A dataset's dimension names against the robot's: reordered or refused, never mixed up."""
 
 import json
 import warnings
@@ -66,12 +66,12 @@ OTHER_JOINTS = [
 
 
 @pytest.mark.parametrize(("found", "expected"), SAME_ORDER)
-def test_order_decides_where_names_agree_or_say_nothing(found, expected):
+def test_order_is_kept_if_names_agree_or_are_generic(found, expected):
     assert order_of(found, expected) == list(range(len(expected)))
 
 
 @pytest.mark.parametrize(("found", "expected"), OTHER_ORDER)
-def test_same_names_in_another_order_are_found(found, expected):
+def test_same_names_in_another_order_are_reordered(found, expected):
     def letters(name):
         return "".join(c for c in name.lower().removeprefix("k") if c.isalpha())
 
@@ -103,7 +103,7 @@ def test_names_of_other_joints_are_errors(found, expected, message):
         ({}, None),
     ],
 )
-def test_names_are_found_in_lists_and_groups(names, expected):
+def test_names_are_read_from_lists_and_groups(names, expected):
     assert dimension_names({"names": names}, 2) == expected
 
 
@@ -113,7 +113,7 @@ def robot(**fields):
 
 
 def write_set(path, *, state=JOINTS, action=JOINTS):
-    """The same motions in any order of names: joint i of frame t is at 10 * t + i, and goes to + 0.5."""
+    """Write the same motions in any order of names: joint i of frame t is at 10 * t + i, its action is 0.5 more."""
     with LeRobotWriter(path, fps=10, cameras={"front": (4, 4, 3)}, state_names=state, action_names=action) as writer:
         for _ in range(2):
             for t in range(6):
@@ -129,7 +129,7 @@ def write_set(path, *, state=JOINTS, action=JOINTS):
     ("state", "action"),
     [(JOINTS[::-1], JOINTS[::-1]), (JOINTS, ("gripper", "pan", "lift", "elbow")), (JOINTS[::-1], JOINTS)],
 )
-def test_dataset_is_read_in_the_robots_order(state, action, tmp_path):
+def test_dataset_is_read_in_robot_order(state, action, tmp_path):
     path = write_set(tmp_path / "set", state=state, action=action)
     with pytest.warns(UserWarning, match=r"embodiment 'arm' has pan, lift, elbow, gripper\. They are put into that"):
         dataset = LeRobotDataset(path, action_horizon=3, embodiment=robot())
@@ -140,7 +140,7 @@ def test_dataset_is_read_in_the_robots_order(state, action, tmp_path):
     assert sample["actions"][0].tolist() == [0.5, 0.5, 0.5, 23.5]  # relative to the same joint
 
 
-def test_statistics_of_another_order_equal_the_robots(tmp_path):
+def test_reordered_dataset_has_the_same_statistics(tmp_path):
     expected = compute_norm_stats(
         LeRobotDataset(write_set(tmp_path / "set"), action_horizon=3), robot(), action_horizon=3
     )
@@ -153,7 +153,7 @@ def test_statistics_of_another_order_equal_the_robots(tmp_path):
         assert np.array_equal(found[key].q99, stats.q99)
 
 
-def test_stats_command_says_once_what_it_reorders(tmp_path, capsys):
+def test_stats_command_warns_once_about_reordering(tmp_path, capsys):
     (tmp_path / "arm.json").write_text(json.dumps(robot().to_dict()))
     path = write_set(tmp_path / "set", state=JOINTS[::-1], action=JOINTS[::-1])
     with warnings.catch_warnings():
@@ -167,7 +167,7 @@ def test_stats_command_says_once_what_it_reorders(tmp_path, capsys):
 
 @pytest.mark.parametrize("silent", [None, ["motor_0", "motor_1", "motor_2", "motor_3"]])
 @pytest.mark.parametrize("column", ["observation.state", "action"])
-def test_order_that_one_of_state_and_action_does_not_tell_is_an_error(column, silent, tmp_path):
+def test_reordering_only_one_of_state_and_action_is_an_error(column, silent, tmp_path):
     path = write_set(tmp_path / "set", state=JOINTS[::-1], action=JOINTS[::-1])
     rename_dimensions(path, {column: silent})
     with (
@@ -178,7 +178,7 @@ def test_order_that_one_of_state_and_action_does_not_tell_is_an_error(column, si
     LeRobotDataset(rename_dimensions(path, dict.fromkeys(["observation.state", "action"], silent)), action_horizon=3)
 
 
-def test_list_with_too_few_names_may_contradict_the_robots(tmp_path):
+def test_too_short_list_of_names_can_contradict_the_robot(tmp_path):
     path = write_set(tmp_path / "set")
     LeRobotDataset(rename_dimensions(path, {"action": ["pan", "lift", "elbow"]}), action_horizon=3, embodiment=robot())
     rename_dimensions(path, {"action": ["lift", "pan", "elbow"]})
@@ -194,13 +194,13 @@ def rename_dimensions(path, names):
     return path
 
 
-def test_other_joints_are_refused_with_both_lists(tmp_path):
+def test_other_joints_are_an_error_with_both_lists(tmp_path):
     path = write_set(tmp_path / "set", state=("pan", "lift", "wrist", "gripper"))
     with pytest.raises(ValueError, match=r"state has pan, lift, wrist, gripper; embodiment 'arm' has pan, lift, elbow"):
         LeRobotDataset(path, action_horizon=3, embodiment=robot())
 
 
-def test_action_relative_to_another_joints_state_is_refused(tmp_path):
+def test_delta_action_relative_to_another_joint_is_an_error(tmp_path):
     path = write_set(tmp_path / "set", action=("gripper", "pan", "lift", "elbow"))
     unnamed = [f"motor_{i}" for i in range(4)]  # the robot's names say nothing, the dataset's contradict each other
     arm = robot(state=unnamed, actions=unnamed, delta=unnamed[:3])

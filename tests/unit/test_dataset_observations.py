@@ -1,4 +1,4 @@
-"""From a dataset's frame to the robot's observation, for every kind of embodiment."""
+"""Conversion of a dataset's frame to the robot's observation, for every kind of embodiment."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ ROBOTS = [
 
 
 @pytest.mark.parametrize(("name", "cameras", "s", "a"), ROBOTS)
-def test_observation_is_read_by_the_embodiment(name, cameras, s, a):
+def test_observation_is_accepted_by_the_embodiment(name, cameras, s, a):
     embodiment, frame = get_embodiment(name), some_frame(cameras, s, a)
     sample = embodiment.to_model(to_observation(frame, embodiment))
     for camera in embodiment.read_cameras:
@@ -47,7 +47,7 @@ def test_observation_is_read_by_the_embodiment(name, cameras, s, a):
         assert np.array_equal(sample["actions"], frame["action"])
 
 
-def test_observation_has_the_keys_and_layouts_of_the_robot():
+def test_observation_has_the_robots_keys_and_layouts():
     embodiment = Embodiment(
         "arm",
         cameras=(

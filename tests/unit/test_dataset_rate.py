@@ -1,4 +1,4 @@
-"""The rate of a dataset and of its robot: compared by every command, and datasets that are read at another rate."""
+"""Comparison of a dataset's rate with its robot's in every command, and resampling."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def episodes_of(columns, lengths):
     return np.split(columns, np.cumsum(lengths)[:-1])
 
 
-# ---- compared ----
+# Comparison
 
 
 @pytest.mark.parametrize(("fps", "hz"), [(30, 30), (30, 30.0), (29.97, 30), (30, 29.97), (30, None)])
@@ -58,7 +58,7 @@ def test_equal_rates_change_nothing(fps, hz, thirty):
 
 
 @pytest.mark.parametrize(("hz", "fps"), [(10, None), (50, None), (29, None), (10, 20), (30, 10)])
-def test_different_rates_are_an_error_that_has_both(hz, fps, thirty):
+def test_different_rates_are_an_error_with_both(hz, fps, thirty):
     message = rf"30 frames per second.* acts at {hz} Hz \(control_hz\).* times the recorded speed.*fps={hz}, or, if"
     with pytest.raises(DatasetError, match=message):
         opened(thirty, robot(hz), fps)
@@ -70,17 +70,17 @@ def test_impossible_rates_are_errors(fps, thirty):
         opened(thirty, robot(), fps)
 
 
-def test_robot_without_a_rate_gets_that_of_the_dataset(thirty):
+def test_robot_without_a_rate_gets_the_datasets_rate(thirty):
     assert with_rate(robot(), opened(thirty, robot()).fps).control_hz == 30
     assert with_rate(robot(), opened(thirty, robot(), 12.5).fps).control_hz == 12.5
     assert with_rate(robot(50), 30).control_hz == 50
 
 
-# ---- resampled ----
+# Resampling
 
 
 @pytest.mark.parametrize(("fps", "step"), [(10, 3), (15, 2), (5, 6)])
-def test_every_nth_frame_is_read_at_a_whole_part_of_the_rate(fps, step, thirty):
+def test_every_nth_frame_is_read_at_a_divisor_of_the_rate(fps, step, thirty):
     recorded = opened(thirty)
     dataset = opened(thirty, robot(fps), fps)
     kept = [np.arange(0, n, step) for n in (31, 20)]
@@ -113,8 +113,8 @@ def test_frames_are_the_nearest_in_time(fps, thirty):
 
 
 @pytest.mark.parametrize("fps", [10, 12.5, 20, 50])
-def test_motion_is_kept(fps, thirty):
-    """Increments add up to those that were recorded, at any moment; velocities move as far."""
+def test_resampling_preserves_motion(fps, thirty):
+    """At any time, the sums of increments and the distances covered by velocities equal the recorded ones."""
     command = dict(zip(JOINTS, ("increment", "velocity", "position", "effort"), strict=True))
     recorded = opened(thirty)
     dataset = opened(thirty, robot(fps, command, delta=()), fps)
@@ -136,7 +136,7 @@ def test_motion_is_kept(fps, thirty):
     )
 
 
-def test_constant_velocity_stays_as_it_is(thirty):
+def test_constant_velocity_is_unchanged(thirty):
     actions = Resampling(30, 12.5, ("velocity", "increment")).actions(np.full((31, 2), 0.25, np.float32))
     np.testing.assert_allclose(actions[:, 0], 0.25, atol=1e-6)
     np.testing.assert_allclose(actions[:-1, 1], 0.6, atol=1e-6)
@@ -144,17 +144,17 @@ def test_constant_velocity_stays_as_it_is(thirty):
     np.testing.assert_allclose(whole[:, 0], [0.5, 2.5, 5, 7][: len(whole)])
 
 
-def test_actions_without_a_command_are_not_resampled(thirty):
+def test_resampling_without_commands_is_an_error(thirty):
     with pytest.raises(DatasetError, match=r"doesn't state the command of j0, j1, j2, j3.*State \"command\""):
         opened(thirty, robot(10, None), 10)
 
 
-def test_rate_without_a_robot_is_an_error(thirty):
+def test_resampling_without_a_robot_is_an_error(thirty):
     with pytest.raises(DatasetError, match="give embodiment=, too"):
         opened(thirty, None, 10)
 
 
-def test_increments_that_the_robot_cannot_make_are_an_error(thirty):
+def test_summed_increments_beyond_the_limits_are_an_error(thirty):
     limited = robot(10, "increment", delta=(), limits={"j1": {"low": -1.5, "high": 1.5}})
     with pytest.raises(
         DatasetError, match=r"At 10 frames per second j1, an increment, would be .* takes -1\.5 to 1\.5"
@@ -162,7 +162,7 @@ def test_increments_that_the_robot_cannot_make_are_an_error(thirty):
         opened(thirty, limited, 10)
 
 
-def test_statistics_are_those_of_the_frames_that_are_read(thirty):
+def test_statistics_are_computed_from_resampled_frames(thirty):
     recorded = opened(thirty)
     dataset = opened(thirty, robot(10), 10)
     state = compute_norm_stats(dataset, robot(10), action_horizon=4)["state"]
@@ -170,7 +170,7 @@ def test_statistics_are_those_of_the_frames_that_are_read(thirty):
     np.testing.assert_allclose(state.mean, recorded.columns["observation.state"][rows].mean(axis=0), rtol=1e-5)
 
 
-# ---- commands ----
+# Commands
 
 
 def run(capsys, *arguments):

@@ -1,4 +1,4 @@
-"""Datasets of strangers: nothing is read outside of their folders, and no number in them asks for all memory."""
+"""Untrusted datasets: nothing outside their folders is read, and nothing in them can exhaust the memory."""
 
 import shutil
 
@@ -41,7 +41,7 @@ def dataset(original, tmp_path):
         ("video_path", "{video_key:099999}"),
     ],
 )
-def test_templates_of_paths_with_other_fields_or_wide_ones_are_refused(dataset, field, value):
+def test_path_templates_with_unknown_or_wide_fields_are_errors(dataset, field, value):
     change_info(dataset, **{field: value})
     with pytest.raises(DatasetError, match=rf"info\.json: {field} is .*The file is damaged"):
         open_metadata(dataset)
@@ -50,7 +50,7 @@ def test_templates_of_paths_with_other_fields_or_wide_ones_are_refused(dataset, 
 @pytest.mark.parametrize(
     "path", ["../set/data/file.parquet", "/etc/passwd", "data/../../x", "a\0b", "C:\\x", "..\\x", "x" * 300]
 )
-def test_names_of_files_that_cannot_be_in_the_folder_are_refused(dataset, path):
+def test_file_names_outside_the_folder_are_errors(dataset, path):
     change_info(dataset, data_path=path)
     with pytest.raises(DatasetError, match=r"its metadata name the file .*, which can't be inside the folder"):
         open_metadata(dataset)
@@ -59,14 +59,14 @@ def test_names_of_files_that_cannot_be_in_the_folder_are_refused(dataset, path):
 @pytest.mark.parametrize(
     "changes", [{"chunks_size": 0}, {"fps": 1e300}, {"fps": float("nan")}, {"fps": -1}, {"chunks_size": -5}]
 )
-def test_impossible_numbers_of_info_are_refused(dataset, changes):
+def test_impossible_numbers_in_info_are_errors(dataset, changes):
     change_info(dataset, **changes)
     with pytest.raises(DatasetError, match=rf"info\.json: {next(iter(changes))} is "):
         open_metadata(dataset)
 
 
 @pytest.mark.parametrize("name", ["data/chunk-000", "data/chunk-000/file-000.parquet", "meta", "meta/tasks.parquet"])
-def test_links_lead_nowhere_outside_unless_allowed(dataset, tmp_path, name, monkeypatch):
+def test_links_out_of_the_folder_are_errors_unless_allowed(dataset, tmp_path, name, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     (dataset / name).rename(elsewhere)
     (dataset / name).symlink_to(elsewhere)
@@ -78,7 +78,7 @@ def test_links_lead_nowhere_outside_unless_allowed(dataset, tmp_path, name, monk
     assert len(LeRobotDataset(dataset, action_horizon=1)) == 12
 
 
-def test_links_within_the_folder_and_into_the_blobs_of_a_cache_are_followed(dataset, tmp_path):
+def test_links_within_the_folder_and_to_cache_blobs_are_followed(dataset, tmp_path):
     (dataset / "data").rename(dataset / "other")
     (dataset / "data").symlink_to("other")
     assert len(LeRobotDataset(dataset, action_horizon=1)) == 12
@@ -115,7 +115,7 @@ def test_columns_without_images_are_errors(dataset, images, message):
 
 
 @pytest.mark.parametrize("rows", [{"task_index": [0]}, {"task_index": [0, None], "task": ["a", "b"]}])
-def test_tasks_without_a_text_or_a_number_are_an_error(dataset, rows):
+def test_tasks_without_text_or_index_are_an_error(dataset, rows):
     pq.write_table(pa.table(rows), dataset / "meta/tasks.parquet")
     with pytest.raises(
         DatasetError, match=r"tasks.parquet has the columns task_index.*; expected task, texts, and task_index, whole"
@@ -130,7 +130,7 @@ def test_tasks_without_a_text_or_a_number_are_an_error(dataset, rows):
         ('{"task": "a"}\n{"task_index": 0, "task": "b"}', "expected task, texts, and task_index, whole"),
     ],
 )
-def test_lines_of_the_older_format_that_are_no_tasks_are_an_error(golden_root, lines, message, tmp_path):
+def test_invalid_tasks_of_the_older_format_are_an_error(golden_root, lines, message, tmp_path):
     root = shutil.copytree(golden_root / "datasets/lerobot_v21", tmp_path / "set")
     (root / "meta/tasks.jsonl").write_text(lines)
     with pytest.raises(DatasetError, match=message):
@@ -138,7 +138,7 @@ def test_lines_of_the_older_format_that_are_no_tasks_are_an_error(golden_root, l
 
 
 @pytest.mark.parametrize("length", [10**15, 10**9, -1, 10**30])
-def test_absurd_numbers_of_frames_are_refused(dataset, length):
+def test_impossible_episode_lengths_are_errors(dataset, length):
     file = next((dataset / "meta/episodes").glob("*/*.parquet"))
     table = pq.read_table(file)
     values = [float(length) if length > 2**62 else length, *table["length"].to_pylist()[1:]]
@@ -149,7 +149,7 @@ def test_absurd_numbers_of_frames_are_refused(dataset, length):
 
 
 @pytest.mark.parametrize("kind", ["numbers", "lists", "texts"])
-def test_a_few_bytes_that_stand_for_more_than_the_memory_are_refused(tmp_path, kind, monkeypatch):
+def test_compressed_table_larger_than_memory_is_an_error(tmp_path, kind, monkeypatch):
     class Memory:
         available = 4_000_000
 
@@ -177,13 +177,13 @@ def test_a_few_bytes_that_stand_for_more_than_the_memory_are_refused(tmp_path, k
     assert table["observation.a"].to_pylist() == column[:1000].to_pylist()
 
 
-def test_a_table_without_rows_keeps_its_columns(tmp_path):
+def test_empty_table_keeps_its_columns(tmp_path):
     pq.write_table(pa.table({"a": pa.array([], pa.float64())}), tmp_path / "file.parquet")
     with open_parquet(tmp_path / "file.parquet") as opened:
         assert read_table(opened, tmp_path / "file.parquet").column_names == ["a"]
 
 
-def test_frames_of_videos_with_more_pixels_than_a_camera_has_are_not_decoded(tmp_path, monkeypatch):
+def test_video_frames_with_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
     encode_video(tmp_path / "a.mp4", [np.zeros((64, 96, 3), np.uint8)] * 2, fps=10, encoder="libx264")
     assert VideoReader(tmp_path / "a.mp4").read(0.0, 0.01, 0.1).shape == (64, 96, 3)
     monkeypatch.setattr(video, "MAX_PIXELS", 64 * 64)

@@ -1,4 +1,4 @@
-"""Datasets that have the state or the action in several columns."""
+"""Datasets whose state or action is stored in several columns."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ JOINED = parse_rename(RENAME)
 
 @pytest.fixture(scope="module", params=["number", "list"])
 def droid_set(request, tmp_path_factory):
-    """Its folder and its states."""
+    """The folder of a dataset, and its states."""
     path = tmp_path_factory.mktemp("droid") / "set"
     return path, write_droid_set(path, gripper=request.param)
 
@@ -75,7 +75,7 @@ def test_dimensions_keep_their_names(one_set, tmp_path):
     assert named.state_names == (*"abcdefg", "gripper_position")
 
 
-def test_part_may_have_the_name_of_the_whole(one_set):
+def test_joined_column_may_keep_the_name_of_a_part(one_set):
     rename = {"joint_position": "observation.state", "actions+gripper_position": "action"}
     whole = LeRobotDataset(one_set, action_horizon=1, cameras=(), rename=rename)
     assert whole.columns["observation.state"].shape == (4, 7)
@@ -84,7 +84,7 @@ def test_part_may_have_the_name_of_the_whole(one_set):
     assert again.info.features["actions"]["shape"] == [9]
 
 
-def test_only_the_columns_that_are_needed_are_read(damaged):
+def test_only_needed_columns_are_read(damaged):
     missing = pa.array([None] * 4, pa.float32())
     path = damaged(reward=missing)
     LeRobotDataset(path, action_horizon=1, columns=(), rename=JOINED)
@@ -105,7 +105,7 @@ def test_every_command_joins_columns(droid_set, capsys):
     assert json.loads(capsys.readouterr().out)["cameras"] == ["exterior_image_1_left", "wrist_image_left"]
 
 
-def test_option_that_joins_columns_is_suggested(one_set):
+def test_error_suggests_joining_columns(one_set):
     both = re.escape(f"--rename {' '.join(RENAME)}, or")
     for given in ({}, {"joint_position+gripper_position": "observation.state"}):
         with pytest.raises(KeyError, match=both):
@@ -136,7 +136,7 @@ def test_columns_that_cannot_be_joined_are_errors(rename, error, message, one_se
         LeRobotDataset(one_set, action_horizon=1, rename=parse_rename(rename.split()))
 
 
-def test_files_without_a_part_are_errors(damaged):
+def test_data_files_without_a_part_are_errors(damaged):
     table = [[[0.0, 1.0]]] * 4
     for column, error, message in (
         (None, KeyError, r"no column gripper_position, which observation.state is joined from; its numeric"),

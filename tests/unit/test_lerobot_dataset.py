@@ -1,4 +1,4 @@
-"""Reading datasets that LeRobot itself wrote, and refusing broken ones."""
+"""Reading of datasets written by LeRobot, and errors about damaged ones."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def golden_sets(golden_root):
 
 @pytest.fixture
 def copy_of(golden_sets, tmp_path):
-    """A copy of a golden set that a test may damage."""
+    """A function that copies a golden dataset, for tests that damage it."""
 
     def copy(name):
         shutil.copytree(golden_sets / name, tmp_path / name)
@@ -47,14 +47,14 @@ def change_json(path, **values):
 
 
 def change_columns(path, change):
-    """Rewrites a parquet file with the columns that `change` makes of it."""
+    """Rewrite a Parquet file with the columns that `change` returns."""
     table = pq.read_table(path)
     columns = change({name: table.column(name) for name in table.column_names})
     pq.write_table(pa.table(columns), path)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_items_equal_lerobots(name, golden_sets):
+def test_items_equal_lerobot(name, golden_sets):
     dataset = LeRobotDataset(golden_sets / name, action_horizon=16)
     with np.load(golden_sets / f"expected_{SETS[name]}.npz") as arrays:
         expected = {key: arrays[key] for key in arrays.files}
@@ -68,8 +68,8 @@ def test_items_equal_lerobots(name, golden_sets):
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3_video", "lerobot_v21"])
-def test_videos_equal_pyavs_decoding(name, golden_sets):
-    """Every frame, read in random order, against one pass through the files."""
+def test_video_frames_equal_sequential_decoding_by_pyav(name, golden_sets):
+    """Every frame, read in random order."""
     dataset = LeRobotDataset(golden_sets / name, action_horizon=1)
     frames = []
     for path in sorted((golden_sets / name / "videos").rglob(f"{'*' if name == 'lerobot_v21' else BASE}/**/*.mp4")):
@@ -81,7 +81,7 @@ def test_videos_equal_pyavs_decoding(name, golden_sets):
         assert np.array_equal(dataset[i][BASE], frames[i])
 
 
-def test_attributes_are_those_of_the_dataset(golden_sets):
+def test_attributes_describe_the_dataset(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=4)
     assert len(dataset) == 36
     assert dataset.fps == 80
@@ -95,7 +95,7 @@ def test_attributes_are_those_of_the_dataset(golden_sets):
     assert dataset.columns["episode_index"].tolist() == [0] * 12 + [1] * 9 + [2] * 15
 
 
-def test_actions_past_the_end_repeat_the_last_one(golden_sets):
+def test_actions_past_the_end_repeat_the_last_action(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=4)
     item, actions = dataset.numbers(10), dataset.columns["action"]  # episode 0 has 12 frames
     assert np.array_equal(item["action"], actions[[10, 11, 11, 11]])
@@ -103,7 +103,7 @@ def test_actions_past_the_end_repeat_the_last_one(golden_sets):
     assert not dataset.numbers(12)["action_is_pad"].any()
 
 
-def test_numbers_are_the_item_without_images(golden_sets):
+def test_numbers_equal_the_item_without_images(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_video", action_horizon=4)
     item, numbers = dataset[7], dataset.numbers(7)
     assert set(item) - set(numbers) == set(dataset.camera_keys)
@@ -131,7 +131,7 @@ def test_dataset_is_a_sequence(golden_sets):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_only_chosen_episodes_are_read(name, golden_sets):
+def test_only_selected_episodes_are_read(name, golden_sets):
     dataset = LeRobotDataset(golden_sets / name, action_horizon=3)
     part = LeRobotDataset(golden_sets / name, action_horizon=3, episodes=[1])
     first = dataset.episode_lengths[0]
@@ -142,7 +142,7 @@ def test_only_chosen_episodes_are_read(name, golden_sets):
         assert all(np.array_equal(found[key], value) for key, value in expected.items())
 
 
-def test_chosen_episodes_come_in_the_order_of_the_dataset(golden_sets):
+def test_selected_episodes_keep_the_order_of_the_dataset(golden_sets):
     part = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, episodes=(2, 0))  # in the set's order
     assert part.columns["index"].tolist() == [*range(12), *range(21, 36)]
     assert part[12]["index"] == 21
@@ -174,7 +174,7 @@ def test_pickled_dataset_reads_the_same_items(name, golden_sets):
 @pytest.mark.skipif(sys.platform == "win32", reason="There is no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_forked_process_reads_the_same_images(golden_sets):
-    """Its files' positions are shared with the parent, but not what has been read of them."""
+    """File positions are shared with the parent process, buffered reads are not."""
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_video", action_horizon=1)
     expected = [dataset[i][BASE] for i in range(36)]
     dataset[3]
@@ -198,8 +198,8 @@ def test_frames_in_order_are_decoded_without_seeking(golden_sets, monkeypatch):
     assert len(seeks) <= 2 * 2  # per camera: The first frame, and once until the distance of keyframes is known
 
 
-def test_any_frame_is_found_between_distant_keyframes(tmp_path):
-    """Other encoders have one every few seconds, and frames that refer to later ones."""
+def test_frames_between_distant_keyframes_are_found(tmp_path):
+    """Other encoders write a keyframe every few seconds, and frames that refer to later ones."""
     frames = np.random.default_rng(0).integers(0, 256, (40, 1, 1, 3), np.uint8) * np.ones((1, 32, 32, 1), np.uint8)
     with av.open(str(tmp_path / "video.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=30, options={"g": "15", "bf": "2"})
@@ -223,7 +223,7 @@ def test_image_cache_is_bounded(golden_sets):
     assert len(dataset._images._row_groups) == 1
 
 
-def test_open_videos_are_bounded(golden_sets):
+def test_number_of_open_videos_is_bounded(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v21", action_horizon=1)
     dataset._videos = VideoPool(limit=1)
     for i in (0, 60, 1):
@@ -241,7 +241,7 @@ def test_older_name_of_the_tasks_index_is_read(copy_of):
 
 
 def test_lists_of_any_kind_become_float32(copy_of):
-    """Older sets have lists without a fixed length, and float64."""
+    """Older datasets have lists without a fixed length, and float64."""
     root = copy_of("lerobot_v3_video")
     expected = LeRobotDataset(root, action_horizon=2)[3]
 
@@ -256,7 +256,7 @@ def test_lists_of_any_kind_become_float32(copy_of):
         assert found[key].dtype == np.float32
 
 
-def test_dimension_names_are_found_in_a_group(copy_of):
+def test_dimension_names_are_read_from_a_group(copy_of):
     root = copy_of("lerobot_v3_video")
     features = json.loads((root / "meta/info.json").read_text())["features"]
     features["action"]["names"] = {"motors": ["a", "b", "c", "d"]}
@@ -268,7 +268,7 @@ def test_dimension_names_are_found_in_a_group(copy_of):
 
 
 def test_version_2_0_is_read_like_2_1(copy_of):
-    """It has statistics of the whole set instead of one per episode, and both are not read."""
+    """It has statistics of the dataset instead of each episode; neither are read."""
     root = copy_of("lerobot_v21")
     expected = LeRobotDataset(root, action_horizon=4)
     change_json(root / "meta/info.json", codebase_version="v2.0")
@@ -283,7 +283,7 @@ def test_version_2_0_is_read_like_2_1(copy_of):
 WRIST = "observation.images.wrist"
 
 
-def test_only_the_chosen_cameras_are_decoded(copy_of, monkeypatch):
+def test_only_selected_cameras_are_decoded(copy_of, monkeypatch):
     root = copy_of("lerobot_v3_video")
     shutil.rmtree(root / "videos" / BASE)
     dataset = LeRobotDataset(root, action_horizon=1, cameras=[WRIST])
@@ -296,7 +296,7 @@ def test_only_the_chosen_cameras_are_decoded(copy_of, monkeypatch):
     assert LeRobotDataset(root, action_horizon=1, cameras=()).camera_keys == ()
 
 
-def test_camera_keys_of_are_those_that_the_robot_reads():
+def test_camera_keys_of_returns_the_cameras_that_the_robot_reads():
     cameras = (Camera("a", "images.front"), Camera("b", "side", "optional"), Camera(None, "top", "ignored"))
     robot = Embodiment.generic("arm", cameras={"a": "x"}, state=["x"], actions=["x"])
     robot = Embodiment("arm", cameras, robot.state, robot.actions)
@@ -310,7 +310,7 @@ def test_camera_keys_of_are_those_that_the_robot_reads():
     assert camera_keys_of(get_embodiment("metaworld"), [BASE, WRIST, top]) == [BASE, WRIST]
 
 
-def test_only_the_chosen_columns_are_read(copy_of):
+def test_only_selected_columns_are_read(copy_of):
     root = copy_of("lerobot_v3_image")
 
     def change(columns):
@@ -324,14 +324,14 @@ def test_only_the_chosen_columns_are_read(copy_of):
     }  # fmt: skip
 
 
-# Columns and cameras of other names
+# Renamed columns and cameras
 
 OPENPI = {"observation.state": "state", "action": "actions", BASE: "image", WRIST: "wrist_image"}
 RENAME = {"state": "observation.state", "actions": "action", "image": BASE, "wrist_image": WRIST}
 
 
 def rename_files(root, names):
-    """Gives columns and cameras other names, in all files of a dataset."""
+    """Rename columns and cameras in all files of a dataset."""
     info = json.loads((root / "meta/info.json").read_text())
     features = {names.get(key, key): feature for key, feature in info["features"].items()}
     change_json(root / "meta/info.json", features=features)
@@ -347,7 +347,7 @@ def rename_files(root, names):
 
 @pytest.fixture
 def otherwise_named(copy_of):
-    """A copy of a golden set with the names of openpi's datasets."""
+    """A function that copies a golden dataset with the names of openpi's datasets."""
 
     def copy(name):
         rename_files(root := copy_of(name), OPENPI)
@@ -387,7 +387,7 @@ def test_cameras_may_swap_their_names(golden_sets):
     assert not np.array_equal(plain[BASE], plain[WRIST])
 
 
-def test_missing_names_are_suggested(otherwise_named):
+def test_error_suggests_names_for_missing_columns(otherwise_named):
     root = otherwise_named("lerobot_v3_image")
     both = "--rename state=observation.state actions=action, or"
     refused(root, KeyError, f"no column observation.state, action; its columns and cameras are .*wrist_image.*{both}")
@@ -396,7 +396,7 @@ def test_missing_names_are_suggested(otherwise_named):
     refused(root, KeyError, "--rename NAME=observation.state actions=action, or")
 
 
-def test_unread_camera_is_suggested_for_a_missing_one():
+def test_error_suggests_an_unread_camera_for_a_missing_one():
     option = r"--rename observation\.images\.top=observation\.images\.cam_high, or"
     with pytest.raises(KeyError, match=rf"no camera for images\.cam_high.*its cameras are top\. .*{option}"):
         camera_keys_of(get_embodiment("aloha"), ["observation.images.top"])
@@ -438,7 +438,7 @@ def test_parse_rename():
         parse_rename(["a=b", "a=c"])
 
 
-def test_files_of_an_address_are_fetched_under_their_own_names(otherwise_named, monkeypatch):
+def test_files_of_an_address_are_downloaded_under_their_own_names(otherwise_named, monkeypatch):
     root, fetched = otherwise_named("lerobot_v3_video"), []
     monkeypatch.setattr(
         "torchpi.checkpoints.hub.fetch_dataset", lambda address, files: (fetched.append((address, files)), root)[1]
@@ -471,7 +471,7 @@ def test_openpi_libero_dataset_is_read(tmp_path):
     assert found["prompt"] == "put the bowl on the plate"
 
 
-def test_eval_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise_named, capsys):
+def test_eval_of_a_renamed_dataset_is_the_same(golden_sets, otherwise_named, capsys):
     common = ["--select", "task: press*", "--samples", "2", "--num-steps", "1", "--device", "cpu", "--json"]
     cli.main(["eval", "demo", "--dataset", str(golden_sets / "lerobot_v3_image"), *common])
     expected = json.loads(capsys.readouterr().out)
@@ -486,7 +486,7 @@ def test_eval_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise
 
 
 @pytest.mark.parametrize("command", ["doctor demo", "quantize demo --to int8 --out new"])
-def test_options_of_a_dataset_are_refused_without_one(command, tmp_path, monkeypatch, capsys):
+def test_dataset_options_without_a_dataset_are_errors(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         cli.main([*command.split(), "--select", "1", "--rename", "a=b"])
@@ -494,7 +494,7 @@ def test_options_of_a_dataset_are_refused_without_one(command, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_stats_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise_named, capsys):
+def test_stats_of_a_renamed_dataset_are_the_same(golden_sets, otherwise_named, capsys):
     common = ["--embodiment", "metaworld", "--action-horizon", "4", "--json"]
     cli.main(["stats", str(golden_sets / "lerobot_v3_image"), *common])
     expected = json.loads(capsys.readouterr().out)
@@ -503,7 +503,7 @@ def test_stats_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwis
     assert json.loads(capsys.readouterr().out) == {**expected, "dataset": root}
 
 
-# What is refused
+# Errors
 
 
 def refused(root, error, match, **arguments):
@@ -531,7 +531,7 @@ def test_unsupported_version_is_an_error(copy_of):
 
 
 def test_dataset_without_episodes_is_an_error(copy_of):
-    """As LeRobot leaves it before the first episode is saved."""
+    """As left by LeRobot before the first episode is saved."""
     root = copy_of("lerobot_v3_image")
     change_json(root / "meta/info.json", total_episodes=0, total_frames=0)
     (root / "meta/tasks.parquet").unlink()
@@ -581,7 +581,7 @@ def test_timestamps_that_do_not_fit_fps_are_errors(clock, message, copy_of):
     assert LeRobotDataset(root, action_horizon=1, episodes=[1, 2]).episode_indices == (1, 2)
 
 
-def test_a_clock_may_begin_anywhere(copy_of):
+def test_clock_may_start_at_any_time(copy_of):
     root = copy_of("lerobot_v3_image")
 
     def change(columns):
@@ -644,7 +644,7 @@ def test_truncated_file_is_an_error(name, file, copy_of):
     ],
 )
 def test_file_with_a_hole_is_an_error(name, file, copy_of):
-    """Its ends are right, as after a download with holes."""
+    """Beginning and end are right, as after an incomplete parallel download."""
     root = copy_of(name)
     content = bytearray((root / file).read_bytes())
     hole = slice(int(0.3 * len(content)), int(0.6 * len(content)))
@@ -668,7 +668,7 @@ def test_truncated_video_is_an_error(keep, copy_of):
 
 
 def test_missing_video_frame_is_an_error(golden_sets):
-    """Between two frames there is none, and past the end neither."""
+    """There is no frame between two frames, nor past the end."""
     path = golden_sets / "lerobot_v3_video/videos/observation.images.base/chunk-000/file-000.mp4"
     for seconds in (0.5 / 80, 1.0):
         with pytest.raises(ValueError, match=r"file-000\.mp4 has no frame at.*: the nearest one is at"):
@@ -684,7 +684,7 @@ def test_check_videos_reads_every_video(name, copy_of):
     assert seen == [(done, count) for done in range(1, count + 1)]
 
 
-def test_check_videos_finds_an_episode_beyond_the_end(copy_of):
+def test_check_videos_finds_an_episode_past_the_end(copy_of):
     root = copy_of("lerobot_v3_video")
     late = [0.0, 0.0, 1 / 80]
     change_columns(
@@ -734,7 +734,7 @@ def test_damaged_image_is_an_error(copy_of):
         (lambda table: pa.concat_tables([table, table.slice(0, 3)]), "not contiguous"),
     ],
 )
-def test_data_that_contradict_the_metadata_are_errors(change, message, copy_of):
+def test_data_that_contradict_metadata_are_errors(change, message, copy_of):
     root = copy_of("lerobot_v3_video")
     path = root / "data/chunk-000/file-000.parquet"
     pq.write_table(change(pq.read_table(path)), path)
@@ -807,7 +807,7 @@ def test_unknown_episodes_are_errors(episodes, message, golden_sets):
 
 
 @pytest.mark.parametrize("horizon", [0, 2.5, None])
-def test_horizon_that_is_no_positive_number_is_an_error(horizon, golden_sets, monkeypatch):
+def test_invalid_action_horizon_is_an_error(horizon, golden_sets, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose types nothing else checks
     refused(golden_sets / "lerobot_v3_image", ValueError, f"action_horizon is {horizon}", action_horizon=horizon)
 

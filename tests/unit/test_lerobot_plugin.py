@@ -33,7 +33,7 @@ def forget_package():
 
 @pytest.fixture(scope="module")
 def plugin():
-    """A function that imports a module of the package."""
+    """A function that imports a module of the plugin."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "version", importlib.metadata.version)
         lerobot_stand_in.install(lambda name, module: patch.setitem(sys.modules, name, module))
@@ -50,7 +50,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def acting(plugin):
-    """A policy that was loaded for inference; a test that changes its config puts it back."""
+    """A policy loaded for inference; tests that change its config restore it."""
     return policy(plugin)
 
 
@@ -68,7 +68,7 @@ def batch(count=1, **changes):
 
 
 def request(values, row=0):
-    """The same as the robot of the demo sends it."""
+    """The same observation as the demo's robot sends it."""
     images = {
         name: (values[key][row] * 255).round().to(torch.uint8) for name, key in (("base", BASE), ("wrist", WRIST))
     }
@@ -81,7 +81,7 @@ def noise(count=1):
 
 
 @pytest.mark.parametrize("version", ["0.5.1", "0.6.0", "0.7.0"])
-def test_other_lerobot_is_refused_at_import(monkeypatch, version):
+def test_unsupported_lerobot_version_is_an_error_at_import(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", importlib.metadata.version)
     lerobot_stand_in.install(lambda name, module: monkeypatch.setitem(sys.modules, name, module), version)
     forget_package()
@@ -89,7 +89,7 @@ def test_other_lerobot_is_refused_at_import(monkeypatch, version):
         importlib.import_module(PACKAGE)
 
 
-def test_chunk_is_that_of_torchpi(acting, demo):
+def test_chunk_equals_torchpi(acting, demo):
     values, start = batch(2), noise(2)
     chunk = acting.predict_action_chunk(values, noise=start)
     expected = [demo.infer(request(values, row), noise=start[row].numpy())["actions"] for row in (0, 1)]
@@ -107,7 +107,7 @@ def test_actions_of_a_chunk_are_executed_in_order_until_reset(plugin, acting):
     torch.testing.assert_close(acting.select_action(values, noise=start), chunk[:, 0])
 
 
-def test_chunk_continues_the_left_over_as_torchpi_does(acting, demo):
+def test_chunk_continues_the_previous_one_like_torchpi(acting, demo):
     values, start = batch(), noise()
     chunk = acting.predict_action_chunk(values, noise=start)[0]
     left, other = chunk[6:], noise().flip(1)
@@ -120,7 +120,7 @@ def test_chunk_continues_the_left_over_as_torchpi_does(acting, demo):
     np.testing.assert_allclose(acting.predict_action_chunk(values, **late)[0].numpy(), short, atol=1e-4)
 
 
-def test_left_over_that_is_used_up_or_switched_off_is_none(acting):
+def test_previous_chunk_is_ignored_if_used_up_or_disabled(acting):
     values, start = batch(), noise()
     free = acting.predict_action_chunk(values, noise=start)
     used = acting.predict_action_chunk(values, prev_chunk_left_over=torch.zeros(10, 4), inference_delay=2, noise=start)
@@ -148,18 +148,18 @@ def test_left_over_that_is_used_up_or_switched_off_is_none(acting):
         ({"task": ["a", "b"]}, "2 tasks for 1 observations"),
     ],
 )
-def test_batch_that_does_not_fit_is_refused_by_name(acting, changes, message):
+def test_error_about_an_invalid_batch_names_the_key(acting, changes, message):
     with pytest.raises((ValueError, KeyError), match=message):
         acting.predict_action_chunk(batch(**changes))
 
 
-def test_blank_task_is_the_default_prompt(plugin):
+def test_blank_task_uses_the_default_prompt(plugin):
     form = {"cameras": [], "state": [{"key": "state", "names": ["a", "b", "c", "d"]}]}
     rows = plugin("observations").requests_of(batch(2, task=["", "go"]), form, {})
     assert [row.get("prompt") for row in rows] == [None, "go"]
 
 
-def test_images_and_state_are_sent_as_the_robot_does(plugin):
+def test_images_and_state_equal_the_robots_observation(plugin):
     cameras = [
         {"key": "images.base", "layout": "chw", "dtype": "uint8", "presence": "required"},
         {"key": "observation/side", "layout": "hwc", "dtype": "float32", "presence": "required"},
@@ -183,7 +183,7 @@ def test_images_and_state_are_sent_as_the_robot_does(plugin):
         ({"cameras": {"side": BASE}, "input_features": {BASE: Feature((3, 8, 8))}}, "no camera side"),
     ],
 )
-def test_features_of_another_robot_are_refused_when_the_policy_is_made(plugin, features, message):
+def test_features_of_another_robot_are_an_error_at_construction(plugin, features, message):
     with pytest.raises((ValueError, KeyError), match=message):
         policy(plugin, **features)
 
@@ -200,13 +200,13 @@ def test_features_of_another_robot_are_refused_when_the_policy_is_made(plugin, f
         ({"checkpoint": None}, r"--policy\.checkpoint="),
     ],
 )
-def test_options_that_do_not_fit_are_refused(plugin, options, message):
+def test_invalid_options_are_errors(plugin, options, message):
     with pytest.raises((ValueError, KeyError), match=message):
         policy(plugin, **options)
 
 
 class Meta:
-    """LeRobot's metadata of a dataset."""
+    """Stand-in for LeRobot's metadata of a dataset."""
 
     repo_id, fps = "local/hand", 80
 
@@ -240,7 +240,7 @@ def trained(plugin, meta, **options):
     return plugin("modeling_torchpi").TorchpiPolicy(config, dataset_meta=meta, dataset_stats={})
 
 
-def test_loss_is_that_of_torchpi(plugin, dataset, demo):
+def test_loss_equals_torchpi(plugin, dataset, demo):
     made = trained(plugin, dataset)
     frame = LeRobotDataset(dataset.root, action_horizon=CHUNK)[10]
     start, time = noise(), torch.tensor([0.4])
@@ -255,18 +255,18 @@ def test_loss_is_that_of_torchpi(plugin, dataset, demo):
     assert made.config.action_delta_indices == list(range(CHUNK))
 
 
-def test_expert_alone_is_trained(plugin, dataset):
+def test_only_the_expert_is_trained(plugin, dataset):
     made = trained(plugin, dataset, finetune="expert")
     trainable = {name.split(".")[1] for name, parameter in made.named_parameters() if parameter.requires_grad}
     assert trainable == {"expert", "suffix", "action_out_proj"}
 
 
-def test_policy_that_was_loaded_to_act_is_not_trained(acting):
+def test_training_a_policy_loaded_for_inference_is_an_error(acting):
     with pytest.raises(ValueError, match="loaded for inference"):
         acting.forward(batch(action=torch.zeros(1, CHUNK, 4)))
 
 
-def test_statistics_are_the_checkpoints_or_the_datasets(plugin, dataset, demo):
+def test_statistics_come_from_checkpoint_or_dataset(plugin, dataset, demo):
     own, of_dataset = trained(plugin, dataset), trained(plugin, dataset, norm_stats="dataset")
     frames = LeRobotDataset(dataset.root, action_horizon=CHUNK)
     computed = compute_norm_stats(frames, demo.embodiment, action_horizon=CHUNK)
@@ -275,7 +275,7 @@ def test_statistics_are_the_checkpoints_or_the_datasets(plugin, dataset, demo):
             np.testing.assert_allclose(made.torchpi.transforms.norm_stats[what].q01, stats.q01, atol=1e-6)
 
 
-def test_base_model_is_tuned_for_a_new_robot_with_the_datasets_statistics(plugin, dataset, golden_pi05, tmp_path):
+def test_base_model_for_a_new_robot_uses_the_datasets_statistics(plugin, dataset, golden_pi05, tmp_path):
     names = ["x", "y", "z", "gripper"]
     cameras = {"base_0_rgb": "base", "left_wrist_0_rgb": "wrist"}
     arm = Embodiment.generic("arm", cameras=cameras, state=names, actions=names, delta=names[:3], command="position")
@@ -293,7 +293,7 @@ def test_base_model_is_tuned_for_a_new_robot_with_the_datasets_statistics(plugin
     assert made.metadata["control_hz"] == 80
 
 
-def test_episodes_that_lerobot_did_not_download_are_left_out(plugin, dataset):
+def test_episodes_not_downloaded_by_lerobot_are_skipped(plugin, dataset):
     first = {**vars(dataset), "get_data_file_path": lambda i: dataset.get_data_file_path(i) if i == 0 else "none"}
     made = trained(plugin, types.SimpleNamespace(**first), norm_stats="dataset")
     assert made.torchpi.transforms.norm_stats["state"].mean[0] < 0.05  # about 0.1 in the second
@@ -307,7 +307,7 @@ def test_episodes_that_lerobot_did_not_download_are_left_out(plugin, dataset):
         ({"pretrained_path": "org/name", "pretrained_revision": "v2", "checkpoint": "demo"}, "hf://org/name@v2"),
     ],
 )
-def test_address_is_lerobots_path_or_the_checkpoint(plugin, options, expected):
+def test_address_comes_from_lerobots_path_or_the_checkpoint(plugin, options, expected):
     assert plugin("local").address(plugin("configuration_torchpi").TorchpiConfig(**options)) == expected
 
 
@@ -318,12 +318,12 @@ def test_address_is_lerobots_path_or_the_checkpoint(plugin, options, expected):
         ({"action": ("gripper", "dx", "dy", "dz")}, "another order than 'metaworld'"),
     ],
 )
-def test_dataset_of_another_robot_is_refused(plugin, tmp_path, changes, message):
+def test_dataset_of_another_robot_is_an_error(plugin, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         trained(plugin, write_dataset(tmp_path / "set", **changes))
 
 
-def test_saved_policy_is_a_policy_folder_and_comes_back(plugin, dataset, tmp_path):
+def test_saved_policy_is_a_policy_folder_and_loads_again(plugin, dataset, tmp_path):
     made = trained(plugin, dataset, norm_stats="dataset")
     with torch.no_grad():
         made.model.action_out_proj.bias += 0.25
@@ -346,14 +346,14 @@ def test_saved_policy_is_a_policy_folder_and_comes_back(plugin, dataset, tmp_pat
         type(made).from_pretrained(tmp_path / "own", config=config)
 
 
-def test_folder_of_two_formats_is_still_refused(plugin, dataset, tmp_path):
+def test_folder_with_two_formats_is_an_error(plugin, dataset, tmp_path):
     trained(plugin, dataset).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"type": "pi05"}')
     with pytest.raises(ValueError, match="two formats, torchpi and lerobot"):
         format_of(tmp_path)
 
 
-def test_peft_is_refused(acting):
+def test_peft_is_an_error(acting):
     with pytest.raises(ValueError, match="torchpi train --finetune lora"):
         acting.wrap_with_peft()
 
@@ -369,7 +369,7 @@ def remote(plugin, url, **options):
     return plugin("modeling_torchpi_remote").TorchpiRemotePolicy(config)
 
 
-def test_remote_chunk_continues_the_left_over(plugin, server):
+def test_remote_chunk_continues_the_previous_one(plugin, server):
     made, values = remote(plugin, server), batch(2)
     chunk = made.predict_action_chunk(values)
     assert chunk.shape == (2, CHUNK, 4)
@@ -381,7 +381,7 @@ def test_remote_chunk_continues_the_left_over(plugin, server):
         assert errors[0] < 0.7 * errors[1]
 
 
-def test_remote_policy_is_neither_trained_nor_has_it_weights(plugin, server, tmp_path):
+def test_remote_policy_has_no_weights_to_train_or_save(plugin, server, tmp_path):
     made = remote(plugin, server)
     made.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -393,7 +393,7 @@ def test_remote_policy_is_neither_trained_nor_has_it_weights(plugin, server, tmp
         made.predict_action_chunk(batch(), noise=noise())
 
 
-def test_server_that_does_not_say_its_observations_is_refused(plugin):
+def test_server_without_observation_metadata_is_an_error(plugin):
     with pytest.raises(ValueError, match=r"does not state observation, action_names.*torchpi serve"):
         plugin("observations").require_format({"action_horizon": 10}, "The policy of ws://there")
     with pytest.raises(KeyError, match=r"--policy\.server=ws"):

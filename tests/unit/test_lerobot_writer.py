@@ -1,4 +1,4 @@
-"""The reader reads what the writer wrote, whenever the writer was stopped; the files look like LeRobot's."""
+"""Written datasets are read back, whenever the writer was stopped, and their files are like LeRobot's."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Only a power failure would tell the difference."""
+    """Skip fsync, which matters only in a power failure."""
     monkeypatch.setattr(recording.os, "fsync", lambda descriptor: None)
 
 
@@ -52,7 +52,7 @@ TASKS = ["open the drawer", "close it", "open the drawer", "lift"]
 
 
 def record(path, num_episodes=4, *, then=lambda writer: None, **arguments):
-    """Records the first so many of EPISODES."""
+    """Record the first `num_episodes` of EPISODES."""
     with new_writer(path, **arguments) as writer:
         for episode, task in zip(EPISODES[:num_episodes], TASKS, strict=False):
             writer.add_episode(episode, task)
@@ -64,7 +64,7 @@ def frame_of(episode, t=0):
 
 
 def require_episodes(path, num_episodes, *, exact_images=True):
-    """Checks that a set has exactly the first so many of EPISODES in it."""
+    """Require that a dataset contains exactly the first `num_episodes` of EPISODES."""
     dataset = LeRobotDataset(path, action_horizon=2)
     assert dataset.episode_lengths == tuple(len(episode["action"]) for episode in EPISODES[:num_episodes])
     frames = [(e, t) for e in range(num_episodes) for t in range(dataset.episode_lengths[e])]
@@ -125,7 +125,7 @@ def test_info_describes_the_dataset(tmp_path):
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_files_are_like_lerobots(kind, tmp_path, golden_root):
-    """The same columns, types and metadata as LeRobot itself gave the same features."""
+    """The columns, types and metadata are those that LeRobot wrote for the same features."""
     golden = golden_root / "datasets" / f"lerobot_v3_{kind}"
     source = LeRobotDataset(golden, action_horizon=1)
     arguments = {
@@ -202,7 +202,7 @@ def test_statistics_are_exact(tmp_path):
     assert np.shape(stats[WRIST]["q01"]) == (3, 1, 1)
 
 
-def test_large_images_are_thinned_for_statistics():
+def test_large_images_are_subsampled_for_statistics():
     image = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
     assert image_histogram(image).sum() == 3 * 128 * 150
     stats = image_stats(2 * image_histogram(image), 2)
@@ -211,7 +211,7 @@ def test_large_images_are_thinned_for_statistics():
 
 
 def test_single_dimension_is_stored_as_plain_numbers(tmp_path):
-    """LeRobot stores it as plain numbers."""
+    """As in LeRobot."""
     with new_writer(tmp_path, state_names=["x"], action_names=["dx"]) as writer:
         frames = {**EPISODES[0], "observation.state": np.ones((3, 1)), "action": np.arange(3.0).reshape(3, 1)}
         writer.add_episode(frames, "t")
@@ -262,7 +262,7 @@ def test_without_episodes_nothing_is_left(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-# Stopped in the middle
+# Interruptions
 
 
 @pytest.mark.parametrize("num_episodes", [0, 2])
@@ -299,7 +299,7 @@ def test_error_while_writing_an_episode_keeps_the_others(error, part, tmp_path, 
 
 
 def test_episode_can_be_saved_again_after_a_full_disk(tmp_path, monkeypatch):
-    """The frames are still there."""
+    """The frames are kept."""
     with new_writer(tmp_path) as recorder:
         recorder.add_episode(EPISODES[0], TASKS[0])
         recorder.add_frame(frame_of(EPISODES[1]))
@@ -312,8 +312,8 @@ def test_episode_can_be_saved_again_after_a_full_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("video", [False, True])
-def test_full_disk_leaves_episodes_in_files_of_their_own(video, tmp_path, monkeypatch):
-    """They then get a file each, which only has to be moved."""
+def test_full_disk_keeps_one_file_per_episode(video, tmp_path, monkeypatch):
+    """Moving files takes no space, unlike merging them."""
     monkeypatch.setattr(recording, "concatenate_videos" if video else "write_parquet", _raise(NO_SPACE))
     record(tmp_path, video=video)
     require_episodes(tmp_path, 4, exact_images=not video)
@@ -345,8 +345,8 @@ def test_first_error_is_raised_with_the_second_as_a_note(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("video", "full"), [(True, True), *(pytest.param(video, False, marks=pytest.mark.slow) for video in (False, True))]
 )
-def test_recover_after_a_kill_at_any_moment(video, full, tmp_path, monkeypatch):
-    """Snapshots of the disk before every rename: a reader sees a complete set or an error, and nothing is lost."""
+def test_recover_after_a_kill_at_any_time(video, full, tmp_path, monkeypatch):
+    """Before every rename, a reader sees a complete dataset or an error, and `recover` loses nothing."""
     snapshots, num_saved = [], []
     rename = os.replace
 
@@ -379,7 +379,7 @@ def test_recover_after_a_kill_at_any_moment(video, full, tmp_path, monkeypatch):
     assert num_recovered > 10
 
 
-def test_running_recording_is_neither_read_nor_recovered(tmp_path):
+def test_running_recording_can_neither_be_read_nor_recovered(tmp_path):
     with new_writer(tmp_path) as writer:
         writer.add_episode(EPISODES[0], TASKS[0])
         with pytest.raises(ValueError, match="still in progress"):
@@ -393,7 +393,7 @@ def test_running_recording_is_neither_read_nor_recovered(tmp_path):
 
 
 def test_recording_of_an_earlier_version_is_recovered(tmp_path, monkeypatch):
-    """Its recording.json had settings of its own instead of those of meta/info.json, its episodes more fields."""
+    """Earlier versions wrote other settings to recording.json, and more fields per episode."""
     monkeypatch.setattr(recording.metadata_writer, "tasks_table", _raise(NO_SPACE))
     with pytest.raises(OSError, match="No space left"):
         record(tmp_path, 2)
@@ -423,10 +423,10 @@ def _raise(error):
     return function
 
 
-# What is refused
+# Errors
 
 
-def test_folder_that_is_not_empty_is_refused(tmp_path):
+def test_non_empty_folder_is_an_error(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="exists already and is not an empty folder; choose another path"):
         new_writer(tmp_path)
@@ -448,7 +448,7 @@ def test_folder_that_is_not_empty_is_refused(tmp_path):
         ({"action_names": "xyz"}, "action_names is 'xyz'"),
     ],
 )
-def test_impossible_settings_are_refused(arguments, message, tmp_path):
+def test_invalid_settings_are_errors(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         new_writer(tmp_path / "set", **arguments)
     assert not (tmp_path / "set").exists()
@@ -472,7 +472,7 @@ def test_impossible_settings_are_refused(arguments, message, tmp_path):
         ("observation.state", [0, 0, 1e39], ValueError, r"NaN or infinity in observation\.state, dimension 2 \(z\)"),
     ],
 )
-def test_frames_that_do_not_fit_are_refused(key, value, error, message, tmp_path):
+def test_invalid_frames_are_errors(key, value, error, message, tmp_path):
     frame = {name: values[0] for name, values in EPISODES[0].items()}
     with new_writer(tmp_path) as writer:
         writer.add_episode(EPISODES[0], TASKS[0])
@@ -483,7 +483,7 @@ def test_frames_that_do_not_fit_are_refused(key, value, error, message, tmp_path
     require_episodes(tmp_path, 1)
 
 
-def test_episodes_that_do_not_fit_are_refused(tmp_path):
+def test_invalid_episodes_are_errors(tmp_path):
     with new_writer(tmp_path) as writer:
         with pytest.raises(ValueError, match="no frames"):
             writer.save_episode("t")

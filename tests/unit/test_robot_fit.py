@@ -1,4 +1,4 @@
-"""Reasons for and against the statistics of another robot, and units that contradict the robot."""
+"""Comparison of a dataset with other robots' statistics and with its robot's units."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ def test_likely_causes_of_misfits(ours, expected):
     assert misfits("state", NAMES, ours, THEIRS) == expected
 
 
-def test_radians_for_degrees_are_told_from_small_movements():
+def test_radians_are_distinguished_from_small_movements_in_degrees():
     theirs, ours = stats(*IN_DEGREES), stats(LOW, HIGH)
     expected = ["state pan, lift, elbow: looks like radians, but the statistics are in degrees"]
     assert misfits("state", NAMES, ours, theirs) == expected
@@ -75,7 +75,7 @@ def test_radians_for_degrees_are_told_from_small_movements():
     assert misfits("state", NAMES, one_rests, theirs) == []
 
 
-def test_arms_in_the_other_order_are_recognized():
+def test_swapped_arms_are_recognized():
     theirs = stats([*LOW, *(LOW + 3)], [*HIGH, *(HIGH + 3)])
     ours = stats([*(LOW + 3), *LOW], [*(HIGH + 3), *HIGH])
     names = [f"{side}_{i}" for side in "lr" for i in range(4)]
@@ -123,7 +123,7 @@ def record(root, robot: str, values: np.ndarray, *cameras: str):
 
 @pytest.fixture
 def ur5e(tmp_path):
-    """A UR5e that was recorded in degrees, and statistics of one in radians."""
+    """A dataset of a UR5e in degrees, and statistics of one in radians."""
     rng = np.random.default_rng(0)
     radians = rng.uniform([-1.5, -2.4, 1, -2, -2, -1, 0], [1.5, -0.4, 2.4, -0.4, -1, 1, 1], (200, 7)).astype(np.float32)
     scale = np.array([180 / np.pi] * 6 + [1], np.float32)
@@ -138,7 +138,7 @@ def shown(capsys, *arguments):
     return capsys.readouterr()
 
 
-def test_actions_in_another_unit_than_the_robots_are_found(ur5e, capsys):
+def test_actions_in_another_unit_than_the_robot_are_found(ur5e, capsys):
     degrees, radians = ur5e
     (problem,) = unit_problems(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
     assert "shoulder_pan_joint goes from -84.84 to 85.43, 'ur5e' takes -6.2832 to 6.2832 (rad); " in problem
@@ -157,7 +157,7 @@ def test_training_refuses_actions_in_another_unit(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_action_relative_to_a_state_in_another_unit_is_found(tmp_path):
+def test_delta_action_in_another_unit_than_its_state_is_found(tmp_path):
     robot = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=NAMES, actions=NAMES, delta=NAMES[:3])
     angles = np.sin(np.arange(40)[:, None] / 8 + np.arange(4))
     with LeRobotWriter(tmp_path / "set", fps=10, cameras={}, state_names=NAMES, action_names=NAMES) as writer:
@@ -185,7 +185,7 @@ def normalizing(kind: str, **given: NormStats) -> Transforms:
 
 
 def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
-    """Those of a policy with these statistics of state and actions."""
+    """Problems of a dataset with a policy that has these statistics of state and actions."""
     transforms = normalizing(kind, state=given, actions=given)
     dataset = LeRobotDataset(record(tmp_path / f"set_{kind}", "ur5e", UNIFORM), action_horizon=2)
     return stats_problems(dataset, ABSOLUTE, transforms)
@@ -201,20 +201,20 @@ def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
         (ENDS + 1.6 * ELBOW, r"most of elbow_joint [78]\d% \(-0\.\d+ to 1\.\d+, statistics 1\.\d+ to 3\.\d+\)"),
     ],
 )
-def test_statistics_that_do_not_fit_are_said_once_for_state_and_actions(tmp_path, ends, expected):
+def test_misfit_is_reported_once_for_state_and_once_for_actions(tmp_path, ends, expected):
     found = problems(tmp_path, stats(*ends), "quantile")
     assert len(found) == (0 if expected is None else 2)
     assert all(re.search(expected or "", problem) for problem in found)
 
 
 @pytest.mark.parametrize("ends", [ENDS / 1000, np.array([[99.0] * 7, [99.1] * 7])])
-def test_statistics_that_are_absurd_are_an_error(tmp_path, ends):
+def test_completely_wrong_statistics_are_an_error(tmp_path, ends):
     with pytest.raises(ValueError, match=r"of the state .* of the actions .* Nothing can be trained or evaluated"):
         problems(tmp_path, stats(*ends), "quantile")
 
 
-def test_z_scores_are_judged_by_their_deviation(tmp_path):
-    """Of a gripper that hardly ever moves both quantiles are the same; only the deviation divides."""
+def test_z_score_statistics_are_compared_by_std(tmp_path):
+    """A gripper that hardly ever moves has equal quantiles, but z-scores divide by std only."""
     resting = NormStats(UNIFORM.mean(0), UNIFORM.std(0), UNIFORM[0], UNIFORM[0])
     assert problems(tmp_path, resting, "z_score") == []
     assert problems(tmp_path, resting, "identity") == []
@@ -222,7 +222,7 @@ def test_z_scores_are_judged_by_their_deviation(tmp_path):
         problems(tmp_path, resting, "quantile")
 
 
-def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, capsys):
+def test_compare_with_statistics_files_has_reasons(ur5e, tmp_path, capsys):
     arguments = (ur5e[0], "--embodiment", "ur5e", "--action-horizon", "2", "--compare", tmp_path / "stats.json")
     (entry,) = json.loads(shown(capsys, *arguments, "--json").out)["compare"]
     assert entry["name"] == "stats"

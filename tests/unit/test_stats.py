@@ -1,4 +1,4 @@
-"""Statistics of a dataset, against every frame taken through the embodiment one by one."""
+"""Statistics of a dataset, compared with those of frames that the embodiment converts one by one."""
 
 import io
 import json
@@ -22,7 +22,7 @@ H = 6
 
 
 def some_set(lengths, s, a, *, change=lambda state, actions: None):
-    """The part of a dataset that statistics need."""
+    """A stand-in for a dataset, with what statistics need."""
     rng = np.random.default_rng(len(lengths))
     state = rng.normal(size=(sum(lengths), s)).astype(np.float32)
     actions = rng.normal(size=(sum(lengths), a)).astype(np.float32)
@@ -35,7 +35,7 @@ def some_set(lengths, s, a, *, change=lambda state, actions: None):
 
 
 def frame_by_frame(dataset, embodiment):
-    """Every state, and every action of every chunk that is not padding, in the model's terms."""
+    """Every state, and every unpadded action of every chunk, in the model's units."""
     image = np.zeros((2, 2, 3), np.uint8)
     names = [camera.key for camera in embodiment.read_cameras if camera.key]
     cameras = {f"observation.images.{name.replace('/', '.').split('.')[-1]}": image for name in names}
@@ -67,7 +67,7 @@ ROBOTS = {
 @pytest.mark.parametrize("robot", ROBOTS)
 @pytest.mark.parametrize("lengths", [(9, 1, 20, 5), (1,), (3, 3, 3)])
 @pytest.mark.filterwarnings("ignore:In some_set, the .* never change")
-def test_statistics_equal_those_of_frames_one_by_one(robot, lengths):
+def test_statistics_equal_those_computed_frame_by_frame(robot, lengths):
     embodiment, s, a = ROBOTS[robot]
     dataset = some_set(lengths, s, a)
     stats = compute_norm_stats(dataset, embodiment, action_horizon=H)
@@ -88,7 +88,7 @@ def test_statistics_equal_those_of_frames_one_by_one(robot, lengths):
 
 
 @pytest.mark.filterwarnings("ignore:.* never change:UserWarning")  # the gripper's command, in one episode
-def test_only_the_chosen_episodes_count(golden_root):
+def test_only_selected_episodes_count(golden_root):
     root = golden_root / "datasets/lerobot_v3_video"
     stats = compute_norm_stats(LeRobotDataset(root, action_horizon=1), metaworld(), action_horizon=4)
     part = LeRobotDataset(root, action_horizon=1, episodes=[2])
@@ -150,7 +150,7 @@ def test_narrow_dimensions_are_named():
     assert narrow_dims(NormStats(np.zeros(2), np.array([0, 1.0])), ["a", "b"])[0].startswith("a never changes")
 
 
-# Beside a checkpoint's statistics
+# Compared with a checkpoint's statistics
 
 
 def padded(stats, dims):
@@ -160,7 +160,7 @@ def padded(stats, dims):
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
-def test_the_fraction_inside_equals_counting_frame_by_frame(robot):
+def test_coverage_equals_counting_frame_by_frame(robot):
     embodiment, s, a = ROBOTS[robot]
     dataset = some_set((9, 1, 20, 5), s, a)
     other = compute_norm_stats(some_set((30, 40), s, a), embodiment, action_horizon=H)
@@ -280,7 +280,7 @@ def test_command_reads_neither_images_nor_other_columns(golden_root, tmp_path, c
 
 
 def test_command_prints_tables_and_warnings(tmp_path, capsys):
-    """A gripper that is used in few frames, and a state that never changes."""
+    """A gripper that moves in few frames, and a state that never changes."""
     rng = np.random.default_rng(0)
     embodiment = Embodiment.generic(
         "arm", cameras={"base_0_rgb": "front"}, state=("x", "fixed"), actions=("dx", "grip")
@@ -342,7 +342,7 @@ def test_tables_have_units_and_deltas(tmp_path, capsys, golden_root):
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
+def test_numbers_and_names_are_not_cut_on_a_narrow_terminal(width):
     columns = [Column("state", "name"), Column("unit"), *(Column(title, "number") for title in ("q01", "q99"))]
     table = Table(columns, [("shoulder_pan.pos", "-100 to 100 of the calibrated range", "-103.8", "-0.0475")])
     console = Console(file=io.StringIO(), width=width)

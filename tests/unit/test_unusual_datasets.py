@@ -23,7 +23,7 @@ INDICES = ("frame_index", "episode_index", "index", "task_index")
 
 
 def picture(number):
-    """An image of one colour, which is the frame's number."""
+    """An image of one colour that encodes the frame's number."""
     return np.full((8, 8, 3), number, np.uint8)
 
 
@@ -58,7 +58,7 @@ def v3_video(originals, tmp_path):
 
 @pytest.fixture
 def v21(v3):
-    """The same in the older format: a file per episode."""
+    """The same dataset in v2.1, with one file per episode."""
     table, info = pq.read_table(v3 / DATA), json.loads((v3 / "meta/info.json").read_text())
     for episode in range(len(LENGTHS)):
         mask = np.equal(table.column("episode_index").to_numpy(), episode)
@@ -93,7 +93,7 @@ def change_info(root, **values):
 
 
 def assert_reads(root, *, episodes=(0, 1, 2), task="push it", **options):
-    """Every frame of the episodes has its own numbers and, where cameras are read, its own image."""
+    """Require the right numbers and, if cameras are read, the right image for every frame of the episodes."""
     dataset = LeRobotDataset(root, action_horizon=1, episodes=episodes, **options)
     starts = np.cumsum([0, *LENGTHS])
     expected = [frame for episode in episodes for frame in range(starts[episode], starts[episode + 1])]
@@ -118,7 +118,7 @@ def assert_reads(root, *, episodes=(0, 1, 2), task="push it", **options):
     ],
     ids=["lists of one", "lists of lists of one", "floats", "bytes"],
 )
-def test_indices_of_any_form_are_read_as_numbers(form, v3):
+def test_indices_of_any_numeric_type_are_read(form, v3):
     change(v3 / DATA, **dict.fromkeys(INDICES, form))
     dataset = assert_reads(v3)
     assert all(dataset.columns[name].dtype == np.int64 and dataset.columns[name].ndim == 1 for name in INDICES)
@@ -134,7 +134,7 @@ def test_indices_of_any_form_are_read_as_numbers(form, v3):
         ("action", pa.array([None] * 12, pa.list_(pa.float32())), "column action: 12 values are missing"),
     ],
 )  # fmt: skip
-def test_column_of_another_form_is_named(name, values, message, v3):
+def test_column_of_a_wrong_type_is_named(name, values, message, v3):
     change(v3 / DATA, **{name: values})
     with pytest.raises((ValueError, KeyError), match=message):
         LeRobotDataset(v3, action_horizon=1)
@@ -147,7 +147,7 @@ def test_column_of_another_form_is_named(name, values, message, v3):
         (pa.array([None] * 12, pa.float32()), "12 values are missing"),
     ],
 )
-def test_extra_column_that_cannot_be_read_is_left_out(values, message, v3):
+def test_unreadable_extra_column_is_skipped(values, message, v3):
     change(v3 / DATA, extra=values)
     with pytest.warns(UserWarning, match=rf"the columns extra are skipped.*{message}\)\. Name the columns that"):
         assert "extra" not in assert_reads(v3).columns
@@ -157,21 +157,21 @@ def test_extra_column_that_cannot_be_read_is_left_out(values, message, v3):
 
 
 @pytest.mark.parametrize("values", [pa.array([1.0] * 3), pa.array([[1.0, 2.0]] * 3)])
-def test_extra_column_of_some_files_is_left_out(values, v21):
+def test_extra_column_missing_in_some_files_is_skipped(values, v21):
     change(v21 / "data/chunk-000/episode_000001.parquet", extra=values)
     change(v21 / "data/chunk-000/episode_000002.parquet", extra=pa.array([[1.0]] * 5))
     with pytest.warns(UserWarning, match=r"the columns extra are skipped.*episode_000001\.parquet: extra has"):
         assert_reads(v21)
 
 
-def test_column_that_other_episodes_lack_is_read(v3):
+def test_column_missing_only_in_other_episodes_is_read(v3):
     change(v3 / DATA, action=lambda values: pa.array([*values[:7], *[None] * 5], pa.list_(pa.float32())))
     assert_reads(v3, episodes=(0, 1))
     with pytest.raises(ValueError, match="column action: 5 values are missing"):
         LeRobotDataset(v3, action_horizon=1)
 
 
-# Files of other systems
+# Files written by other systems
 
 
 @pytest.mark.parametrize(
@@ -188,14 +188,14 @@ def test_hidden_files_are_ignored(name, v3):
     assert_reads(v3)
 
 
-def test_marks_and_line_ends_of_windows_are_read(v21):
+def test_byte_order_marks_and_windows_line_ends_are_read(v21):
     for name in ("info.json", "tasks.jsonl", "episodes.jsonl"):
         path = v21 / "meta" / name
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert_reads(v21)
 
 
-def test_copy_of_the_list_of_episodes_is_an_error(v3):
+def test_duplicate_list_of_episodes_is_an_error(v3):
     shutil.copy(v3 / EPISODES, v3 / EPISODES.replace("file-000", "file-000 (1)"))
     with pytest.raises(ValueError, match=r"has the episodes 0, 1, 2 more than once: .*one of its files is a copy"):
         LeRobotDataset(v3, action_horizon=1)
@@ -206,7 +206,7 @@ def test_copy_of_the_list_of_episodes_is_an_error(v3):
 
 @pytest.mark.parametrize("lost", [("chunk_index", "file_index", "from_timestamp"), ("from_timestamp",)])
 @pytest.mark.parametrize("value", [None, float("nan")])
-def test_episode_without_its_video_matters_where_it_is_asked_for(lost, value, v3_video):
+def test_missing_video_is_an_error_only_if_its_episode_and_camera_are_selected(lost, value, v3_video):
     columns = [f"videos/{CAMERA}/{name}" for name in lost]
     change(v3_video / EPISODES, **dict.fromkeys(columns, lambda values: pa.array([*values[:2], value], pa.float64())))
     assert_reads(v3_video, episodes=(0, 1))
@@ -245,7 +245,7 @@ def test_empty_list_of_episodes_is_an_error(v21):
 
 
 @pytest.mark.parametrize("tasks", ["push it", [0], 0])
-def test_tasks_of_an_episode_may_be_a_text_or_an_index(tasks, v21):
+def test_tasks_of_an_episode_may_be_texts_or_indices(tasks, v21):
     write_lines(v21, [{"episode_index": i, "tasks": tasks, "length": length} for i, length in enumerate(LENGTHS)])
     assert select_episodes(v21, "task: push *") == [0, 1, 2]
 
@@ -265,14 +265,14 @@ def without_task_index(root):
 
 
 @pytest.mark.parametrize("remove", [without_tasks, without_task_index])
-def test_prompt_stands_in_for_missing_instructions(remove, v3):
+def test_prompt_replaces_missing_instructions(remove, v3):
     remove(v3)
     with pytest.raises((FileNotFoundError, KeyError), match="--prompt"):
         LeRobotDataset(v3, action_horizon=1)
     assert assert_reads(v3, task="wave", prompt="wave").tasks == {0: "wave"}
 
 
-def test_commands_take_a_prompt_where_they_read_one(v3, tmp_path, capsys):
+def test_commands_that_read_instructions_take_a_prompt(v3, tmp_path, capsys):
     without_tasks(v3)
     (tmp_path / "arm.json").write_text(json.dumps(ROBOT.to_dict()))
     main(["stats", str(v3), "--embodiment", str(tmp_path / "arm.json"), "--json"])
@@ -315,7 +315,7 @@ def relative(frame):
     ids=["relative", "of another computer", "of Windows"],
 )  # fmt: skip
 @pytest.mark.parametrize("plain", [False, True])
-def test_images_in_files_of_their_own_are_read(name, plain, v3):
+def test_separate_image_files_are_read(name, plain, v3):
     (v3 / relative(0)).parent.mkdir(parents=True)
     for frame, image in enumerate(pq.read_table(v3 / DATA).column(CAMERA).to_pylist()):
         (v3 / relative(frame)).write_bytes(image["bytes"])
@@ -335,7 +335,7 @@ def test_images_as_plain_bytes_are_read(v3):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "{root}/../secret.png"])
-def test_images_outside_of_the_dataset_are_not_read(name, v3):
+def test_images_outside_the_dataset_are_not_read(name, v3):
     (v3.parent / "secret.png").write_bytes(pq.read_table(v3 / DATA).column(CAMERA)[0].as_py()["bytes"])
     change(v3 / DATA, **{CAMERA: pa.array([name.format(root=v3)] * 12)})
     with pytest.raises(FileNotFoundError, match="which is not in the dataset's folder"):
@@ -362,7 +362,7 @@ CONTENTS = {
         *((name, message) for name in (EPISODES, VIDEO) for message in (next(iter(CONTENTS)), "The recording ended")),
     ],
 )
-def test_unreadable_file_has_its_cause(name, message, v3_video):
+def test_error_about_an_unreadable_file_names_the_cause(name, message, v3_video):
     path, content = v3_video / name, CONTENTS.get(message)
     path.write_bytes(path.read_bytes()[:-20] if content is None and name.endswith(".parquet") else content or b"")
     if content is None and name.endswith(".mp4"):
@@ -372,20 +372,20 @@ def test_unreadable_file_has_its_cause(name, message, v3_video):
 
 
 @pytest.mark.parametrize("name", ["info.json", "tasks.jsonl", "episodes.jsonl"])
-def test_pointer_in_place_of_metadata_has_its_cause(name, v21):
+def test_error_about_a_pointer_file_names_the_cause(name, v21):
     (v21 / "meta" / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match=rf"{name} is a pointer to a file"):
         LeRobotDataset(v21, action_horizon=1)
 
 
-def test_link_to_nothing_has_its_cause(v3):
+def test_error_about_a_broken_link_names_the_cause(v3):
     (v3 / DATA).unlink()
     (v3 / DATA).symlink_to("../../blobs/abc")
     with pytest.raises(FileNotFoundError, match=r"is a link to \.\./\.\./blobs/abc, which does not exist"):
         LeRobotDataset(v3, action_horizon=1)
 
 
-def test_missing_list_of_episodes_has_its_cause(v3):
+def test_error_about_a_missing_list_of_episodes_names_the_cause(v3):
     shutil.rmtree(v3 / "meta/episodes")
     with pytest.raises(FileNotFoundError, match=r"json states 3 episodes: the recording ended"):
         LeRobotDataset(v3, action_horizon=1)
@@ -394,7 +394,7 @@ def test_missing_list_of_episodes_has_its_cause(v3):
         LeRobotDataset(v3, action_horizon=1)
 
 
-def test_totals_that_do_not_fit_have_their_cause(v3):
+def test_error_about_wrong_totals_names_the_cause(v3):
     change_info(v3, total_frames=99)
     with pytest.raises(ValueError, match=r"total_frames 99, but the list of episodes has 3 with 12.*these numbers"):
         LeRobotDataset(v3, action_horizon=1)
@@ -409,14 +409,14 @@ def test_totals_that_do_not_fit_have_their_cause(v3):
         (None, "LeRobot's own scripts convert older datasets, and write the version"),
     ],
 )
-def test_version_that_is_not_read_has_an_advice(version, message, v3):
+def test_error_about_an_unsupported_version_has_advice(version, message, v3):
     change_info(v3, codebase_version=version)
     with pytest.raises(ValueError, match=message):
         LeRobotDataset(v3, action_horizon=1)
 
 
 @pytest.mark.parametrize("version", ["3.0", 3.0])
-def test_version_without_its_letter_is_read(version, v3):
+def test_version_without_the_letter_v_is_read(version, v3):
     change_info(v3, codebase_version=version)
     assert_reads(v3)
 
@@ -432,6 +432,6 @@ def test_version_without_its_letter_is_read(version, v3):
         ("https://huggingface.co/datasets/lerobot/pusht/tree/refs/pr/1", "hf://lerobot/pusht@refs/pr/1"),
     ],
 )
-def test_name_on_the_hub_gets_its_address(path, address):
+def test_error_suggests_the_hub_address(path, address):
     with pytest.raises((FileNotFoundError, ValueError), match=f"{address}\\.$"):
         LeRobotDataset(path, action_horizon=1)
