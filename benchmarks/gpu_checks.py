@@ -191,7 +191,7 @@ class Samples:
         return observation, keywords
 
     def engine(self, mode: str, **settings: Any) -> InferenceEngine:
-        """Create an engine. On a GPU it uses the Triton kernels (except "compiled"), also in float32: the model is small."""
+        """Create an engine. On a GPU it uses the Triton kernels (except "compiled"), also in float32."""
         if mode != "compiled" and self.device.type == "cuda":
             settings["kernels"] = triton_kernels()
         return InferenceEngine(self.model, mode=mode, **settings)  # type: ignore[arg-type]

@@ -1,14 +1,14 @@
-"""Turn a folder of ALOHA's HDF5 episodes into a LeRobot dataset, format v3.0.
+"""Convert a folder of ALOHA's HDF5 episodes to a LeRobot dataset, format v3.0.
 
     python scripts/aloha_hdf5_to_lerobot.py EPISODES OUT --task "put the pen into the cup"
 
-EPISODES has episode_0.hdf5, episode_1.hdf5, … as ALOHA's own recording script writes them:
+EPISODES has episode_0.hdf5, episode_1.hdf5, … as written by ALOHA's recording script:
 
     /observations/qpos [T, 14]              left arm, gripper, right arm, gripper; the state
-    /observations/images/CAMERA             uint8 [T, h, w, 3], or JPEG files [T, bytes], padded with zeros behind
+    /observations/images/CAMERA             uint8 [T, h, w, 3], or JPEG files [T, bytes], padded with zeros
     /action [T, 14]                         the leader arms' positions, in the same order
 
-Everything else (qvel, effort, base_action) is left out: π₀ reads none of it. Needs the extra hdf5.
+Everything else (qvel, effort, base_action) is left out, because π₀ does not read it. Needs the extra hdf5.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ DIMS = 14
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """A file that was looked at."""
+    """Checked file of an episode."""
 
     path: Path
     num_frames: int
@@ -47,27 +47,27 @@ def convert(folder: Path, out: Path, *, task: str, fps: int = 50, video: bool = 
     """Convert all episodes of a folder.
 
     Args:
-        folder: with episode_*.hdf5.
-        out: the dataset's folder, new or empty.
-        task: the instruction, the same for all episodes.
-        fps: frames per second, at which they were recorded.
-        video: cameras as video (small, lossy), otherwise as PNG (exact).
-        robot_type: what the dataset says of its robot.
+        folder: folder with episode_*.hdf5.
+        out: folder of the dataset, new or empty.
+        task: instruction for all episodes.
+        fps: recorded frames per second.
+        video: store cameras as video (small, lossy), otherwise as PNG (lossless).
+        robot_type: robot type stated in the dataset.
 
     Returns:
-        The number of episodes.
+        Number of episodes.
 
     Raises:
-        FileNotFoundError: no episodes.
-        ValueError: an episode is damaged, or lacks something, or differs from the first one in its cameras.
+        FileNotFoundError: the folder has no episodes.
+        ValueError: an episode is damaged or incomplete, or its cameras differ from the first one's.
     """
-    episodes = [look_at(path) for path in episode_files(folder)]  # before anything is written
+    episodes = [check_episode(path) for path in episode_files(folder)]  # check all files before writing
     first = episodes[0]
     for episode in episodes:
         if episode.cameras != first.cameras:
             raise ValueError(
                 f"{episode.path} has the cameras {_described(episode)}, but {first.path.name} {_described(first)}; "
-                "expected the same in all episodes. Convert them apart, or remove it."
+                "expected the same in all episodes. Convert them separately, or remove the file."
             )
     names = aloha().state_names
     writer = LeRobotWriter(
@@ -83,16 +83,16 @@ def convert(folder: Path, out: Path, *, task: str, fps: int = 50, video: bool = 
 
 
 def episode_files(folder: Path) -> list[Path]:
-    """The episodes in the order of their numbers."""
+    """List the episode files in the order of their numbers."""
     numbered = [(re.fullmatch(r"episode_(\d+)\.hdf5", path.name), path) for path in folder.glob("*.hdf5")]
     found = sorted((int(match[1]), path) for match, path in numbered if match)
     if not found:
-        raise FileNotFoundError(f"There is no episode_*.hdf5 in {folder}; expected the folder of an ALOHA recording.")
+        raise FileNotFoundError(f"{folder} has no episode_*.hdf5; expected the folder of an ALOHA recording.")
     return [path for _, path in found]
 
 
-def look_at(path: Path) -> Episode:
-    """Check what an episode has; of its images only the first one of each camera is read."""
+def check_episode(path: Path) -> Episode:
+    """Check an episode's content; only the first image of each camera is read."""
     with opened(path) as file:
         missing = [key for key in (STATE, ACTION, IMAGES) if key not in file]
         if missing or not len(file[IMAGES]):
@@ -102,7 +102,7 @@ def look_at(path: Path) -> Episode:
         lengths = {key: len(file[key]) for key in (STATE, ACTION)}
         lengths |= {f"{IMAGES}/{name}": len(values) for name, values in file[IMAGES].items()}
         if len(set(lengths.values())) > 1 or not lengths[ACTION]:
-            raise ValueError(f"{path} has frames {lengths}; expected as many of each, and at least one.")
+            raise ValueError(f"{path} has frames {lengths}; expected equal lengths of at least one.")
         for key in (STATE, ACTION):
             if file[key].shape[1:] != (DIMS,):
                 raise ValueError(f"{path}: {key} is {list(file[key].shape)}; expected [T, {DIMS}], two arms.")
@@ -111,7 +111,7 @@ def look_at(path: Path) -> Episode:
 
 
 def frames(episode: Episode) -> Iterator[dict[str, Any]]:
-    """The frames as `LeRobotWriter.add_frame` takes them."""
+    """Yield the frames for `LeRobotWriter.add_frame`."""
     with opened(episode.path) as file:
         for i in range(episode.num_frames):
             yield {
@@ -122,7 +122,7 @@ def frames(episode: Episode) -> Iterator[dict[str, Any]]:
 
 
 def image(path: Path, file: Any, camera: str, i: int) -> np.ndarray:
-    """uint8 [h, w, 3]."""
+    """Read an image, uint8 [h, w, 3]."""
     values = read(path, file, f"{IMAGES}/{camera}", i)
     if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 3:
         return values
@@ -132,8 +132,8 @@ def image(path: Path, file: Any, camera: str, i: int) -> np.ndarray:
             "bytes of a JPEG file."
         )
     try:
-        # A JPEG file says where it ends, so the padding does no harm, and /compress_len, whose order of cameras is
-        # written nowhere, is not needed.
+        # A JPEG file marks its end, so the padding is harmless, and /compress_len, whose camera order is undocumented,
+        # is not needed.
         with Image.open(io.BytesIO(values.tobytes()), formats=["JPEG"]) as jpeg:
             return np.array(jpeg.convert("RGB"))
     except OSError as error:
@@ -141,20 +141,20 @@ def image(path: Path, file: Any, camera: str, i: int) -> np.ndarray:
 
 
 def opened(path: Path) -> Any:
-    """The file, for reading."""
+    """Open a file for reading."""
     h5py = require("h5py", "hdf5")
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise ValueError(f"{path} is truncated, or no HDF5 file: {error}.") from error
+        raise ValueError(f"{path} is truncated or not an HDF5 file: {error}.") from error
 
 
 def read(path: Path, file: Any, key: str, i: int) -> np.ndarray:
-    """A frame's part of an array."""
+    """Read one frame of an array."""
     try:
         return np.asarray(file[key][i])
     except OSError as error:
-        raise ValueError(f"{path}: {key} can't be read in frame {i}, the file is damaged: {error}.") from error
+        raise ValueError(f"{path}: {key} can't be read in frame {i}; the file is damaged: {error}.") from error
 
 
 def _keys(file: Any) -> list[str]:
@@ -174,14 +174,14 @@ def main(
     fps: int = 50,
     video: bool = True,
 ) -> None:
-    """Turn a folder of ALOHA's HDF5 episodes into a LeRobot dataset.
+    """Convert a folder of ALOHA's HDF5 episodes to a LeRobot dataset.
 
     Args:
-        folder: with episode_0.hdf5, episode_1.hdf5, …
-        out: the dataset's folder, new or empty.
-        task: the instruction, the same for all episodes.
-        fps: frames per second, at which they were recorded.
-        video: cameras as video (small, lossy); --no-video: as PNG (exact).
+        folder: folder with episode_0.hdf5, episode_1.hdf5, …
+        out: folder of the dataset, new or empty.
+        task: instruction for all episodes.
+        fps: recorded frames per second.
+        video: store cameras as video (small, lossy); --no-video: as PNG (lossless).
     """
     try:
         count = convert(folder, out, task=task, fps=fps, video=video)

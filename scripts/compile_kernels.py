@@ -1,9 +1,9 @@
-"""Compile the engine's Triton kernels for GPUs, without one, and write docs/kernels.md with their figures.
+"""Compile the engine's Triton kernels without a GPU, and write their figures to docs/kernels.md.
 
     python scripts/compile_kernels.py [--out docs/kernels.md]
 
-The launches are those of the kernels' own wrappers, called with empty CPU tensors of π₀.₅'s full-size shapes in
-bfloat16: three cameras, 200 prompt tokens, a chunk of 50 actions. Nothing is computed. Needs the extra 'gpu'.
+The kernels' own wrappers are called with empty CPU tensors of π₀.₅'s full-size shapes in bfloat16: three cameras, 200
+prompt tokens, a chunk of 50 actions. Nothing is computed. Needs the extra 'gpu'.
 """
 
 import argparse
@@ -97,7 +97,7 @@ shared memory than most GPUs have: they are for 16-bit dtypes.
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel as a wrapper launches it."""
+    """Launch of a kernel by its wrapper."""
 
     kernel: Kernel
     grid: tuple[int, ...]
@@ -107,19 +107,19 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Figures of a kernel compiled for one architecture."""
+    """Figures of a kernel that was compiled for one architecture."""
 
     registers: int
     spills: int
-    """Bytes stored and loaded."""
+    """Spilled bytes, stored and loaded."""
     shared: int
-    """Bytes of shared memory of a program."""
+    """Shared memory per program, in bytes."""
     tensor_core: Mapping[str, int]
     """Tensor-core instructions in the PTX, by name."""
 
 
 def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
-    """Each operation at the shapes of full-size π₀.₅, and the launch it makes."""
+    """Yield each operation at the shapes of full-size π₀.₅ with its launch."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -199,7 +199,7 @@ def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compile as Triton's launcher would, with the pointers and numbers that are multiples of 16 known to be."""
+    """Compile as Triton's launcher would, with pointers and multiples of 16 marked as such."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -226,13 +226,13 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
 
 
 def compile_for_all(launch: Launch, capabilities: Sequence[int]) -> list[Compiled | None]:
-    """Figures for each architecture; None: it has no e4m3, and the launch needs it."""
+    """Figures for each architecture; None if the launch needs e4m3 and the architecture lacks it."""
     fp8 = any(isinstance(value, Tensor) and value.dtype is torch.float8_e4m3fn for value in launch.arguments.values())
     return [None if fp8 and each < FP8_CAPABILITY else compile_launch(launch, each) for each in capabilities]
 
 
 def cell(figures: Compiled | None) -> str:
-    """Registers of a thread, shared memory of a program, and tensor-core instructions."""
+    """Table cell with registers per thread, shared memory per program, and tensor-core instructions."""
     if figures is None:
         return "–"
     parts = [f"{figures.registers} r", f"{figures.shared / 1024:.0f} KB" if figures.shared >= 1024 else ""]
@@ -243,7 +243,7 @@ def cell(figures: Compiled | None) -> str:
 
 
 def main() -> int:
-    """Compile everything and write the document; the exit status is 1 if a kernel spills registers."""
+    """Compile everything and write the document; return 1 if a kernel spills registers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "kernels.md")
     parser.add_argument("--capabilities", type=int, nargs="+", default=list(CAPABILITIES), choices=CAPABILITIES)

@@ -1,9 +1,9 @@
-"""Draw the README's animated picture: the videos of `torchpi demo`, one of each task, side by side.
+"""Create the README's animated image: the videos of `torchpi demo`, one per task, side by side.
 
     .venv/bin/torchpi demo --episodes 1 --seed 1 --out torchpi_demo
     .venv/bin/python scripts/demo_picture.py torchpi_demo docs/demo.webp
 
-A video that ends earlier stays at its last frame. Every second frame is shown, for as long as two were.
+A video that ends earlier stays at its last frame. Every second frame is shown for twice its duration.
 """
 
 import pathlib
@@ -13,11 +13,11 @@ import av
 from PIL import Image
 
 COLUMNS, WIDTH, EVERY, HOLD = 3, 960, 2, 15
-"""Videos per row, pixels, which frames, and how many frames the last one stays."""
+"""Videos per row, width in pixels, frame step, and number of frames for which the last one is held."""
 
 
 def tiles(folder: pathlib.Path) -> list[list[Image.Image]]:
-    """Frames of each video, reduced to their place in the picture."""
+    """Frames of each video, resized to their tile in the image."""
     videos = []
     for path in sorted(folder.glob("*_0.mp4")):
         with av.open(str(path)) as container:
@@ -28,14 +28,14 @@ def tiles(folder: pathlib.Path) -> list[list[Image.Image]]:
 
 
 def draw(videos: list[list[Image.Image]]) -> list[Image.Image]:
-    """Frames of the picture."""
+    """Compose the frames of the animated image."""
     width, height = videos[0][0].size
     frames = []
-    for moment in range(max(map(len, videos)) + HOLD):
+    for index in range(max(map(len, videos)) + HOLD):
         frame = Image.new("RGB", (COLUMNS * width, -(-len(videos) // COLUMNS) * height))
-        for place, video in enumerate(videos):
-            corner = (place % COLUMNS * width, place // COLUMNS * height)
-            frame.paste(video[min(moment, len(video) - 1)], corner)
+        for tile, video in enumerate(videos):
+            corner = (tile % COLUMNS * width, tile // COLUMNS * height)
+            frame.paste(video[min(index, len(video) - 1)], corner)
         frames.append(frame)
     return frames
 

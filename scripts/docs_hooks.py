@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages made from the code, files beside docs/ as pages, versions and dates, and an offline check.
+"""MkDocs hooks: generated pages, pages of files outside docs/, versions and dates, and an offline check.
 
 `make docs` runs them; mkdocs.yml names this file.
 """
@@ -20,11 +20,11 @@ from torchpi.version import __version__
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
 INCLUDED = ("CHANGELOG.md", "CONTRIBUTING.md", "client/README.md", "benchmarks/README.md")
-"""Documents outside docs/ with a place in the navigation."""
+"""Documents outside docs/ that are in the navigation."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages, and a page for each file of the repository that a document links."""
+    """Add the generated pages, and a page for each file of the repository that a document links to."""
     files.append(File.generated(config, "reference/cli.md", content=cli_page()))
     files.append(File.generated(config, "reference/api.md", content=api_page()))
     waiting = [*INCLUDED, *(path for file in files.documentation_pages() for path in linked(file.src_uri))]
@@ -37,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in what is made from the code, and lead links out of docs/ to the pages that `on_files` made."""
+    """Insert generated content, and redirect links out of docs/ to the pages that `on_files` added."""
     uri = page.file.src_uri
     here = source_of(uri)
     if here is None:
@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Show the version, and the day of the last change, at a page's end."""
+    """Append the version and the date of the last change to a page."""
     changed = last_change(source_of(page.file.src_uri))
     day = f", last changed on {changed}" if changed else ""
     return f'{html}\n<p class="page-version">torchpi {__version__}{day}</p>'
@@ -69,7 +69,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 
 def source_of(uri: str) -> str | None:
-    """The file in the repository of a page; none of a generated one."""
+    """Repository file of a page; None for a generated page."""
     for path in (f"docs/{uri}", uri):
         if (ROOT / path).is_file():
             return path
@@ -77,14 +77,14 @@ def source_of(uri: str) -> str | None:
 
 
 def page_of(path: str) -> str:
-    """The page of a file outside docs/: documents keep their names, README.md is the home page."""
+    """Page of a file outside docs/: documents keep their names, README.md is the home page."""
     if path == "README.md":
         return "index.md"
     return path if path.endswith(".md") else f"{path.rstrip('/')}.md"
 
 
 def linked(uri: str) -> Iterator[str]:
-    """The files outside docs/ to which a page links, from the repository's root."""
+    """Files outside docs/ that a page links to, relative to the repository's root."""
     here = source_of(uri)
     if here is None:
         return
@@ -95,7 +95,7 @@ def linked(uri: str) -> Iterator[str]:
 
 
 def file_page(path: str) -> str:
-    """A document as it is, code in a block, a folder as a list of its files."""
+    """Content of a file's page: a document unchanged, code in a block, a folder as its files."""
     source = ROOT / path
     if source.is_dir():
         names = sorted(file.name for file in source.iterdir() if file.suffix in (".py", ".md", ".json"))
@@ -110,7 +110,7 @@ def code(path: str, heading: str = "#") -> str:
 
 
 def last_change(path: str | None) -> str:
-    """The day of a file's last commit; nothing without git."""
+    """Date of a file's last commit; empty without git."""
     if path is None:
         return ""
     command = ["git", "-C", str(ROOT), "log", "-1", "--format=%cs", "--", path]

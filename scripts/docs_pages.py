@@ -1,4 +1,4 @@
-"""Parts of the site that are made from the code: the commands, the Python names, tensors and drawings of `trace`."""
+"""Generated parts of the site: references of commands and Python names, tensors and diagrams of `trace`."""
 
 import contextlib
 import functools
@@ -44,14 +44,14 @@ API: dict[str, tuple[str, ...]] = {
         "torchpi_client.ActionLimits",
     ),
 }
-"""The public names, by subject."""
+"""Public names by subject."""
 
 MARKER = re.compile(r"^<!-- (tensors|flow|mask): (\S+) -->$", re.MULTILINE)
-"""In a document: the place of a step's table, or of a drawing of a preset or policy."""
+"""Marker in a document for a step's table, or for a diagram of a preset or policy."""
 
 
 def cli_page() -> str:
-    """The help of every command: its description as text, usage and options as the terminal shows them."""
+    """Page with the help of every command: the description as text, usage and options as in the terminal."""
     parts = ["# Command line\n", "The output of `torchpi COMMAND --help`.\n"]
     for name in COMMANDS:
         shown = io.StringIO()
@@ -68,7 +68,7 @@ def cli_page() -> str:
 
 
 def api_page() -> str:
-    """The public names with their docstrings."""
+    """Page with the public names and their docstrings."""
     if missing := {f"torchpi.{name}" for name in torchpi.__all__} - set(itertools.chain(*API.values())):
         raise ValueError(f"The page of the Python names lacks {sorted(missing)}; add them to API.")
     parts = ["# Python\n"]
@@ -78,14 +78,14 @@ def api_page() -> str:
 
 
 def fill_markers(markdown: str) -> str:
-    """Put tables and drawings in the places of a document's markers."""
+    """Replace a document's markers by tables and diagrams."""
     return MARKER.sub(
         lambda found: _tensors(found[2]) if found[1] == "tensors" else _drawing(found[1], found[2]), markdown
     )
 
 
 def _tensors(step: str) -> str:
-    """The tensors of one step: shapes of the embedded policy and of π₀.₅ at full size."""
+    """Table of one step's tensors, with the shapes of the embedded policy and of full-size π₀.₅."""
     full = {row.name: row.shape for row in rows_of(_trace("pi05"), step)}
     lines = ["| tensor | `demo` | `pi05` | formula |", "| --- | --- | --- | --- |"]
     for row in rows_of(_trace("demo"), step):
@@ -103,7 +103,7 @@ def _drawing(kind: str, target: str) -> str:
 
 @functools.cache
 def _style() -> str:
-    """The palette of torchpi's own pages, in the site's two schemes, and their rules for drawings."""
+    """Palette of torchpi's own pages for the site's two colour schemes, and CSS rules for diagrams."""
     colors = [
         f"[data-md-color-scheme={scheme}] .drawing{{"
         + "".join(f"--{name}:{pair[i]};" for name, pair in PALETTE.items())

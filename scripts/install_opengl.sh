@@ -1,17 +1,17 @@
 #!/bin/sh
-# Installs what rendering without a screen needs, where that is possible; otherwise names it. Never fails: without it the
-# demo and the tests do what they can.
+# Install the packages for rendering without a screen if possible, otherwise name them. Never fails, because the demo and
+# the tests also work, with limits, without rendering.
 #
 #     sh scripts/install_opengl.sh .venv/bin/python     # the Python that will render
 
-packages="libegl1 libgl1-mesa-dri libopengl0 libgl1 libglib2.0-0" # the last two are OpenCV's, which LIBERO imports
+packages="libegl1 libgl1-mesa-dri libopengl0 libgl1 libglib2.0-0" # the last two are for OpenCV, which LIBERO imports
 
 renders() {
 	MUJOCO_GL=egl "$1" -c "from mujoco.egl import GLContext; GLContext(8, 8).free()
 import ctypes; ctypes.CDLL('libGL.so.1'); ctypes.CDLL('libglib-2.0.so.0')" >/dev/null 2>&1
 }
 
-[ "$(uname)" = Linux ] || exit 0 # elsewhere the system has it
+[ "$(uname)" = Linux ] || exit 0 # other systems include OpenGL
 case "${MUJOCO_GL:-egl}" in
 [eE][gG][lL]) ;;
 *) exit 0 ;; # another backend was chosen
@@ -26,11 +26,11 @@ else
 	sudo=none
 fi
 if [ "$sudo" != none ] && command -v apt-get >/dev/null; then
-	echo "Installing $packages, to render without a screen"
+	echo "Installing $packages for rendering without a screen"
 	options="-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 -o DPkg::Lock::Timeout=120"
-	# An update that fails, for example for one of several sources, may still leave a list that is good enough.
+	# A failed update, for example of one of several sources, may still leave usable package lists.
 	$sudo apt-get $options update
 	$sudo env DEBIAN_FRONTEND=noninteractive apt-get $options install --yes --no-install-recommends $packages
 	renders "$1" && exit 0
 fi
-echo "To render without a screen this machine needs OpenGL through EGL, in Debian and Ubuntu: apt-get install $packages. Going on without it." >&2
+echo "Rendering without a screen needs OpenGL through EGL; on Debian and Ubuntu: apt-get install $packages. Continuing without it." >&2

@@ -1,10 +1,10 @@
-"""Check the rules of this repository that ruff and mypy do not know; print each offender, and exit with 1 for any.
+"""Check the house rules that ruff and mypy do not cover; print each violation, and exit with 1 if there is any.
 
     python scripts/lint_house.py [ROOT]
 
 1. No docstring begins with a question word.
 2. No file of src/torchpi is longer than 450 lines, no function longer than 60 (docstring included).
-3. Imports in src/torchpi run one way (`LAYERS`) and in no circle; imports inside functions count.
+3. Imports in src/torchpi go one way (`LAYERS`) without cycles; imports inside functions count.
 4. torchpi/model imports only torchpi's types, config and errors.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 TARGET_LINES, TARGET_MEDIAN = 20_000, 140
-"""Of src/torchpi; reported, and no error."""
+"""Targets for src/torchpi, which are only reported."""
 QUESTION = re.compile(r"(What|How|Where|Who|Whom|Whose|Which|Whether|Why|When)\b")
 PYTHON = ("src", "client/src", "tests", "scripts", "benchmarks", "recipes", "examples", "integrations")
 READING_PATH = ("types", "model/flow", "model/gemma", "model/suffix", "model/pi0", "transforms/pipeline", "policy")
@@ -58,7 +58,7 @@ LAYERS: Mapping[str, str] = {
     "cli": "threads bench demo inspect serving training convert",
     "torchpi": "cli",
 }
-"""For each part of torchpi, the parts that it imports; what these import, it may import as well."""
+"""Parts that each part of torchpi may import, directly or through other parts."""
 
 MODEL_IMPORTS = {"model", "types", "config", "errors"}
 
@@ -66,11 +66,11 @@ EXCEPTIONS: Mapping[tuple[str, str], str] = {
     ("torchpi.data.metadata", "checkpoints"): "datasets are downloaded as checkpoints are, through checkpoints/hub.py",
     ("torchpi.inspect.nanopi", "torchpi"): "examples/nanopi.py reads its weights with torchpi.load_model",
 }
-"""Imports against the layers (importing module, imported part), each with its reason."""
+"""Allowed exceptions (importing module, imported part), with their reasons."""
 
 
 def main(root: pathlib.Path) -> int:
-    """Print the offenders and the sizes; the exit status."""
+    """Print violations and sizes, and return the exit status."""
     files = {path: path.read_text(encoding="utf-8") for path in python_files(root)}
     package = {path: text for path, text in files.items() if path.is_relative_to(root / "src" / "torchpi")}
     found = [
@@ -85,7 +85,7 @@ def main(root: pathlib.Path) -> int:
 
 
 def python_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """The repository's Python files, without those of environments and builds."""
+    """List the repository's Python files, without environments and builds."""
     return sorted(path for folder in PYTHON for path in (root / folder).rglob("*.py") if "build" not in path.parts)
 
 
@@ -99,7 +99,7 @@ def question_docstrings(path: pathlib.Path, text: str) -> Iterator[str]:
 
 
 def too_long(path: pathlib.Path, text: str) -> Iterator[str]:
-    """A file and functions beyond the limits."""
+    """Files and functions that exceed the limits."""
     lines = text.count("\n")
     if lines > MAX_FILE_LINES:
         yield f"{path}:1: the file has {lines} lines; expected at most {MAX_FILE_LINES}"
@@ -111,7 +111,7 @@ def too_long(path: pathlib.Path, text: str) -> Iterator[str]:
 
 
 def import_offenders(source: pathlib.Path, package: Mapping[pathlib.Path, str]) -> Iterator[str]:
-    """Imports against the layers or in a circle, and those of torchpi/model that it may not have."""
+    """Imports that violate the layers or form a cycle, and forbidden imports of torchpi/model."""
     modules = {module_name(path.relative_to(source)): path for path in package}
     graph: dict[str, set[str]] = {}
     for part in sorted({part_of(module) for module in modules} - LAYERS.keys()):
@@ -129,7 +129,7 @@ def import_offenders(source: pathlib.Path, package: Mapping[pathlib.Path, str]) 
 
 
 def forbidden(module: str, imported: str) -> str:
-    """The error of an import, or an empty text."""
+    """Error message for an import, or an empty string."""
     part, other = part_of(module), part_of(imported)
     if part == other or (module, other) in EXCEPTIONS:
         return ""
@@ -141,30 +141,30 @@ def forbidden(module: str, imported: str) -> str:
 
 
 def part_of(module: str) -> str:
-    """The package or module directly in torchpi; "torchpi" itself."""
+    """Top-level package or module in torchpi, or "torchpi" itself."""
     return module.split(".")[1] if "." in module else module
 
 
 def parts_below(part: str) -> set[str]:
-    """All parts that a part may import."""
+    """Set of parts that a part may import."""
     below = set(LAYERS[part].split())
     return below.union(*(parts_below(other) for other in below))
 
 
 def module_name(path: pathlib.Path) -> str:
-    """The name of a module under src."""
+    """Name of a module under src."""
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports_of(text: str, modules: Mapping[str, pathlib.Path]) -> Iterator[tuple[int, str]]:
-    """Lines and names of the modules of torchpi that a file imports, inside of functions too."""
+    """Line numbers and names of torchpi's modules that a file imports, including inside functions."""
     for node in ast.walk(ast.parse(text)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            # A name is a module, or is defined in one.
+            # An imported name is a module, or is defined in one.
             full = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in modules else node.module for name in full]
         for name in names:
@@ -202,7 +202,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def report_sizes(root: pathlib.Path, package: Mapping[pathlib.Path, str]) -> None:
-    """Print lines in all, the median of the files and the reading path, next to their targets."""
+    """Print total lines, median file length and reading path with their targets."""
     lines = {path: text.count("\n") for path, text in package.items()}
     if not lines:
         return

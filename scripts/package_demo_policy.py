@@ -1,4 +1,4 @@
-"""Make the embedded policy, src/torchpi/assets/demo_policy, of a training run and of what was measured with it.
+"""Create the embedded policy, src/torchpi/assets/demo_policy, from a training run and its measurements.
 
 First `torchpi sim record` and `torchpi train` as in docs/from_nothing_to_a_policy.md, into metaworld6 and run. Then:
 
@@ -11,8 +11,7 @@ First `torchpi sim record` and `torchpi train` as in docs/from_nothing_to_a_poli
     python scripts/package_demo_policy.py run --results results.json --swapped swapped.json --blank blank.json \\
         --pi0 pi0.json
 
-The weights are rounded to bfloat16 in the first call; the second one writes the same weights, and the measurements
-beside them.
+The first call rounds the weights to bfloat16; the second one writes the same weights with the measurements.
 """
 
 import dataclasses
@@ -30,11 +29,11 @@ from torchpi.training.run_folder import METRICS, read_metrics
 from torchpi.training.state import checkpoints
 
 MAX_METRICS = 100
-"""Lines of the run's metrics that are kept: enough to draw its curves."""
+"""Number of metrics lines to keep, enough to plot the curves."""
 
 
 def measured(file: pathlib.Path | None) -> dict[str, Any] | None:
-    """An evaluation's numbers, without the list of its episodes and what is only true of the machine's moment."""
+    """Results of an evaluation, without the list of episodes and the machine's timings."""
     if file is None:
         return None
     document = json.loads(file.read_text(encoding="utf-8"))
@@ -43,12 +42,12 @@ def measured(file: pathlib.Path | None) -> dict[str, Any] | None:
 
 
 def _without_folders(command: str) -> str:
-    """The command with the last part of each path."""
+    """Shorten each absolute path of a command to its last part."""
     return " ".join(pathlib.PurePath(word).name if word.startswith("/") else word for word in command.split())
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Some of the lines, those with a held-out loss among them."""
+    """Subsample the lines, keeping all with a held-out loss."""
     every = max(1, len(lines) // MAX_METRICS)
     keep = ("step", "loss", "holdout_loss")
     return [
@@ -70,24 +69,24 @@ def main(
     """Write the packaged policy.
 
     Args:
-        run: the folder of the training run.
-        results: what `torchpi eval demo --json` printed.
+        run: folder of the training run.
+        results: output of `torchpi eval demo --json`.
         swapped: the same with the faucets' instructions swapped.
         blank: the same without images.
-        pi0: the same of a π₀ that was trained with the same recipe, a third of the steps.
-        execute_steps: what the policy is to recommend, where measuring showed a better number than the run's.
-        machine: what the run was trained on.
+        pi0: the same for a π₀ trained with the same recipe and a third of the steps.
+        execute_steps: recommended number of executed actions, if measurements showed a better one than the run's.
+        machine: machine on which the run was trained.
     """
     last = checkpoints(run)[-1]
     policy = torchpi.load_policy(last / "policy", device="cpu")
     if execute_steps is not None:
         policy.embodiment = dataclasses.replace(policy.embodiment, execute_steps=execute_steps)
-    said = policy.provenance
-    data = said["recipe"]["data"]
+    provenance = policy.provenance
+    data = provenance["recipe"]["data"]
     data["dataset"] = pathlib.Path(data["dataset"]).name
-    said["dataset"]["command"] = _without_folders(said["dataset"]["command"])
+    provenance["dataset"]["command"] = _without_folders(provenance["dataset"]["command"])
     policy.provenance = {
-        **said,
+        **provenance,
         "machine": machine,
         "step": int(last.name),
         "metrics": thinned(read_metrics(run / METRICS)),

@@ -1,8 +1,8 @@
-"""Render the packaged camera frames: the first moment of an episode of each of the embedded policy's tasks.
+"""Render the packaged camera frames: the first observation of an episode of each of the embedded policy's tasks.
 
-`torchpi demo` shows them to the policy if nothing can be rendered, and `torchpi trace demo` takes them as its inputs.
-Each is the first moment of the first episode that the demo runs by itself. Writes an image per task and camera and
-moments.json into src/torchpi/assets/demo, which is emptied first:
+`torchpi demo` passes them to the policy if rendering is not possible, and `torchpi trace demo` uses them as inputs.
+Each is the first observation of the demo's first episode. Writes an image per task and camera and moments.json into
+src/torchpi/assets/demo, which is emptied first:
 
     .venv/bin/python scripts/render_demo_frames.py
 """

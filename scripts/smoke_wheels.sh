@@ -3,8 +3,8 @@
 #
 #   scripts/smoke_wheels.sh PYTHON [OPTIONS OF pip install]
 #
-# for example `scripts/smoke_wheels.sh python3.13 --extra-index-url https://download.pytorch.org/whl/cpu`, which takes the
-# CPU's build of PyTorch. Nothing is left behind.
+# for example `scripts/smoke_wheels.sh python3.13 --extra-index-url https://download.pytorch.org/whl/cpu`, which uses the
+# CPU build of PyTorch. All files are removed at the end.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$1

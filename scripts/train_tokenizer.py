@@ -2,9 +2,9 @@
 
     python scripts/train_tokenizer.py
 
-The corpus is tokenizer_corpus.txt (one instruction a line), once as it is and once in π₀.₅'s prompt with made-up
-states that hold every integer from -1 to 255 equally often, so that each becomes one token. The special ids and
-switches are PaliGemma's. The same release of sentencepiece gives the same file, byte for byte.
+The corpus is tokenizer_corpus.txt (one instruction per line), once unchanged and once in π₀.₅'s prompt with made-up
+states that contain every integer from -1 to 255 equally often, so that each becomes one token. Special ids and options
+are PaliGemma's. The same release of sentencepiece gives the same file, byte for byte.
 """
 
 import io
@@ -17,7 +17,7 @@ CORPUS = Path(__file__).with_name("tokenizer_corpus.txt")
 MODEL = Path(__file__).parents[1] / "src" / "torchpi" / "assets" / "tiny_tokenizer.model"
 VOCAB_SIZE = 1024
 STATE_DIM = 8
-NUM_STATE_ROUNDS = 12  # how often each integer appears: enough for it to become one piece
+NUM_STATE_ROUNDS = 12  # occurrences of each integer, enough for it to become one piece
 
 
 def sentences() -> list[str]:
@@ -28,7 +28,7 @@ def sentences() -> list[str]:
         f"Task: {instructions[i % len(instructions)]}, State: {' '.join(map(str, integers[start : start + STATE_DIM]))}"
         for i, start in enumerate(range(0, len(integers), STATE_DIM))
     ]
-    # ";\nAction: " is learned apart from the state, so that ";" never merges with the integer before it.
+    # ";\nAction: " is learned separately from the state, so that ";" never merges with the preceding integer.
     return [*instructions, *prompts, *[";", "Action: "] * len(prompts)]
 
 

@@ -1,14 +1,14 @@
-"""Write tests/compat/fixtures: files in the formats of earlier versions, and the numbers that those versions computed.
+"""Write tests/compat/fixtures: files in the formats of earlier versions, and numbers that these versions computed.
 
-Run it with an earlier version's source, in the repository's root and with one thread:
+Run it with an earlier version's source, in the repository's root, with one thread:
 
     git worktree add OLD 8fe4ff9 && git worktree add OLDER d4138ac~1
     PYTHONPATH=OLD/src OMP_NUM_THREADS=1 python scripts/write_compat_fixtures.py run
     PYTHONPATH=OLD/src OMP_NUM_THREADS=1 python scripts/write_compat_fixtures.py policies
     PYTHONPATH=OLDER/src OMP_NUM_THREADS=1 python scripts/write_compat_fixtures.py policies --suffix _v1
 
-`run` writes a dataset, a recipe, a run of it that ended after 3 of 6 steps, and the metrics of its other 3 steps.
-`policies` writes a π₀.₅ and a π₀ with random weights, and the actions that they sample from given noise.
+`run` writes a dataset, a recipe, a run that ended after 3 of 6 steps, and the metrics of the other 3 steps.
+`policies` writes a π₀.₅ and a π₀ with random weights, and the actions sampled from fixed noise.
 """
 
 import argparse
@@ -58,12 +58,12 @@ def sizes(pi05: bool, action_dim: int) -> Pi0Config:
 
 
 def make_policy(kind: str) -> Policy:
-    """A policy whose weights are all random, also those that training begins with at 0."""
+    """Create a policy whose weights are all random, including those that are initialized with 0 for training."""
     model, generator = torchpi.Pi0(sizes(kind == "pi05", action_dim=3)), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
-    mean = np.linspace(0.1, 0.7, 2)  # numbers without an end in decimal digits
+    mean = np.linspace(0.1, 0.7, 2)  # numbers without a finite decimal representation
     stats = NormStats(mean, mean / 3 + 0.1, -mean - 1, mean + 1)
     return Policy(
         model.eval(),
@@ -133,7 +133,7 @@ def write_run() -> None:
 
 
 def write_dataset(path: pathlib.Path) -> None:
-    """Three episodes of six frames, whose images compress well."""
+    """Write three episodes of six frames, whose images compress well."""
     from torchpi.data import LeRobotWriter
 
     rng = np.random.default_rng(0)
@@ -153,14 +153,14 @@ def write_dataset(path: pathlib.Path) -> None:
 
 
 def arithmetic() -> dict[str, np.ndarray]:
-    """The version of PyTorch and the instructions of the CPU: where both are the same, so is every bit."""
+    """PyTorch version and CPU capability; if both are equal, results are bit-identical."""
     return {"torch": np.array(torch.__version__), "cpu": np.array(torch.backends.cpu.get_cpu_capability())}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "policies"])
-    parser.add_argument("--suffix", default="_v2", help="of the policies' names")
+    parser.add_argument("--suffix", default="_v2", help="suffix of the policies' names")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     write_run() if arguments.what == "run" else write_policies(arguments.suffix)

@@ -1,10 +1,10 @@
-"""Write an openpi JAX checkpoint of random float32 weights, to measure how one is loaded.
+"""Write an openpi JAX checkpoint of random float32 weights, to measure loading.
 
     python scripts/write_random_checkpoint.py OUT [pi05]
     torchpi bench load --policy OUT --dtype bfloat16
 
-By default 595 M parameters (2.4 GB) in the proportions of the full-size model: the largest array is a third of it. With
-the name of a preset its sizes: pi05 has 3.35 G parameters (13.4 GB; takes 16 GB of memory). Each array is one zstd
+By default 595 M parameters (2.4 GB) in the proportions of the full-size model: the largest array is a third of it. A
+preset's name selects its sizes: pi05 has 3.35 G parameters (13.4 GB; takes 16 GB of memory). Each array is one zstd
 chunk, as orbax writes it.
 """
 

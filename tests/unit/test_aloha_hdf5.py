@@ -119,7 +119,7 @@ def test_folder_without_episodes_is_an_error(script, tmp_path):
         (lambda f: f.pop("observations/images"), "has no observations/images"),
         (lambda f: [f.pop(f"observations/images/{c}") for c in CAMERAS], "has no cameras in observations/images"),
         (lambda f: f.pop("observations/images/cam_low"), "has the cameras cam_high 24x32, .* expected the same in all"),
-        (lambda f: replace(f, "action", np.zeros((4, 14))), "has frames .*'action': 4.*expected as many of each"),
+        (lambda f: replace(f, "action", np.zeros((4, 14))), "has frames .*'action': 4.*expected equal lengths"),
         (lambda f: replace(f, "action", np.zeros((5, 7))), r"action is \[5, 7\]; expected \[T, 14\]"),
         (lambda f: replace(f, "observations/images/cam_low", np.zeros((5, 24, 32))), r"cam_low is float64 \[24, 32\]"),
         (lambda f: replace(f, "observations/images/cam_low", np.ones((5, 99), np.uint8)), "JPEG of cam_low in frame 0"),
@@ -142,7 +142,7 @@ def test_truncated_file_is_an_error(script, tmp_path):
     write_episode(tmp_path / "episode_0.hdf5")
     content = (tmp_path / "episode_0.hdf5").read_bytes()
     (tmp_path / "episode_0.hdf5").write_bytes(content[: len(content) // 2])
-    refused(script, tmp_path, r"episode_0\.hdf5 is truncated, or no HDF5 file")
+    refused(script, tmp_path, r"episode_0\.hdf5 is truncated or not an HDF5 file")
 
 
 def test_damaged_image_stops_the_conversion_and_keeps_earlier_episodes(script, tmp_path):
