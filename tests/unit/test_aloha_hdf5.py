@@ -109,7 +109,7 @@ def refused(script, folder, match, error=ValueError):
 
 
 def test_folder_without_episodes_is_an_error(script, tmp_path):
-    refused(script, tmp_path, r"no episode_\*\.hdf5 in .*expected the folder of an ALOHA recording", FileNotFoundError)
+    refused(script, tmp_path, r"has no episode_\*\.hdf5; expected the folder of an ALOHA recording", FileNotFoundError)
 
 
 @pytest.mark.parametrize(
