@@ -227,14 +227,15 @@ class Policy:
         sample = self.embodiment.to_model(observation, default_prompt=self.default_prompt, state_dim=self._state_dim)
         return sample["state"], self.transforms.forward(sample)
 
+    def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, int]:
+        actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
+        return within_limits(self.embodiment.from_model(actions, state), self.embodiment)
+
     def _answer(
         self, pick: Pick | None, chunks: np.ndarray, residuals: np.ndarray | None, state: np.ndarray, observation: Any
     ) -> tuple[np.ndarray, int, dict[str, Any]]:
         """Return the actions in the robot's units, the number of clipped values, and with `pick` the sample fields."""
-        robot_chunks = []
-        for chunk in chunks:
-            actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
-            robot_chunks.append(within_limits(self.embodiment.from_model(actions, state), self.embodiment))
+        robot_chunks = [self._to_robot(chunk, state) for chunk in chunks]
         if pick is None:
             return *robot_chunks[0], {}
         num_dims = min(self.embodiment.action_size, self.model.trained_action_dim)  # the others are padding or noise

@@ -61,11 +61,13 @@ class PreviousChunk:
     long as `delay`, otherwise "guidance". See `model.rtc`."""
 
     def __post_init__(self) -> None:
-        for name in ("delay", "execution_horizon") if self.execution_horizon is not None else ("delay",):
+        for name in ("delay", "execution_horizon"):
             value = getattr(self, name)
+            if name == "execution_horizon" and value is None:
+                continue
             if not is_whole(value):
-                raise ObservationError(f"{name} is a number of actions, an integer; got {value!r}. Round a delay up.")
-            object.__setattr__(self, name, int(value))  # NumPy's small integers overflow
+                raise ObservationError(f"{name} must be a whole number of actions, got {value!r}. Round a delay up.")
+            object.__setattr__(self, name, int(value))  # small NumPy integer dtypes would overflow
         if self.method not in (None, "trained", "guidance"):
             raise ObservationError(f"method is {self.method!r}; expected 'trained', 'guidance' or None.")
 
@@ -76,7 +78,7 @@ class PreviousChunk:
             raise ObservationError(
                 f"Real-time chunking needs 0 ≤ delay ≤ H − execution_horizon, got delay {self.delay}, "
                 f"execution_horizon {executed} and H {horizon}: the chunk that is being executed ends before the new "
-                "one arrives. Ask sooner, or without a prefix."
+                "one arrives. Request the new chunk sooner, or without a prefix."
             )
         if not self.delay <= len(self.actions) <= horizon - executed:
             raise ObservationError(

@@ -1,4 +1,4 @@
-"""Invariants of the model for any weights: masked and padded inputs change nothing, rows of a batch are independent."""
+"""Invariants of the model for any weights: masked and padded inputs have no effect, batch rows are independent."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def model(golden):
 
 
 def plain_sample(model, observation, noise, num_steps=10):
-    """Sampling without any of its savings: nothing dropped, the time conditioned at every step."""
+    """Sample without optimizations: keep the padding, and compute the time conditioning in every step."""
     cache = model.prefill(observation)
     x_t, t, dt = noise, torch.tensor(1.0), -1.0 / num_steps
     for _ in range(num_steps):
@@ -44,7 +44,7 @@ def test_dropping_padding_and_absent_cameras_changes_nothing(golden, model):
 
 
 @torch.no_grad()
-def test_dropping_padding_leaves_exactly_the_valid_tokens(golden, model):
+def test_drop_padding_keeps_exactly_the_valid_tokens(golden, model):
     observation = golden.observation()
     tokens, mask, _ = model.embed_prefix(observation)
     kept, kept_mask, kept_ar_mask = model.embed_prefix(observation, drop_padding=True)
@@ -67,7 +67,7 @@ def test_batch_rows_are_independent(golden, model):
 
 
 @pytest.mark.parametrize("garbage", [0.7, float("nan"), float("inf")])
-def test_a_masked_cameras_pixels_change_nothing(golden, model, garbage):
+def test_pixels_of_masked_camera_change_nothing(golden, model, garbage):
     observation = golden.observation()
     reference = sample(golden, model, observation)
     loss_inputs = {name: golden.inputs[name] for name in ("noise", "time")}
@@ -98,8 +98,7 @@ def test_longer_padding_changes_nothing(golden, model):
     assert difference.abs().max() <= 5e-6
 
 
-def test_a_camera_absent_everywhere_equals_a_model_without_it(golden, model):
-    """Any number of cameras: a masked one may as well not be there."""
+def test_camera_absent_everywhere_equals_omitting_it(golden, model):
     data = golden.observation_dict()
     absent = {**data["image_mask"], "left_wrist_0_rgb": torch.zeros(2, dtype=torch.bool)}
     fewer = {
@@ -119,7 +118,7 @@ def test_sampling_without_any_camera_is_finite(golden, model):
         assert (actions - plain_sample(model, observation, golden.inputs["noise"])).abs().max() <= 5e-6
 
 
-def test_the_order_of_cameras_matters(golden, model):
+def test_order_of_cameras_matters(golden, model):
     data = golden.observation_dict()
     turned = {group: dict(reversed(data[group].items())) for group in ("image", "image_mask")}
     difference = sample(golden, model, observe(golden, **turned)) - sample(golden, model, golden.observation())
@@ -139,7 +138,7 @@ def test_noise_comes_from_the_generator(golden, model):
     assert not torch.equal(losses[0], losses[2])
 
 
-def test_time_is_drawn_for_the_noise_that_is_given(golden_pi05):
+def test_time_is_drawn_if_only_noise_is_passed(golden_pi05):
     model, observation, actions = golden_pi05.model(), golden_pi05.observation(), golden_pi05.inputs["actions"]
     noise = golden_pi05.inputs["noise"]
     time = sample_time(len(noise), generator=torch.Generator().manual_seed(3), device=noise.device)
@@ -157,12 +156,12 @@ def test_num_steps_must_be_a_positive_integer(golden, model, num_steps):
         model.sample_actions(golden.observation(), noise=golden.inputs["noise"], num_steps=num_steps)
 
 
-def test_another_horizon_is_refused(golden, model):
+def test_wrong_horizon_is_an_error(golden, model):
     with pytest.raises(ValueError, match="Noise must be"):
         model.sample_actions(golden.observation(), noise=golden.inputs["noise"][:, 1:])
 
 
-def test_images_of_another_size_are_refused(golden, model):
+def test_wrong_image_size_is_an_error(golden, model):
     data = golden.observation_dict()
     small = {camera: image[:, :112, :112] for camera, image in data["image"].items()}
     with pytest.raises(ValueError, match="resize_with_pad"):
@@ -172,7 +171,7 @@ def test_images_of_another_size_are_refused(golden, model):
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (6, 3)])
 @pytest.mark.parametrize("masked", [True, False])
 def test_grouped_queries_equal_repeated_keys(masked, heads):
-    """Attention with G key/value heads is attention in which each serves Q/G query heads, next to each other."""
+    """Each of the G key/value heads serves Q/G consecutive query heads."""
     num_heads, num_kv = heads
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 5, num_heads, 8, generator=generator)
@@ -215,7 +214,7 @@ def test_model_runs_at_other_sizes():
     noise = torch.randn(2, 3, 5, generator=generator)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # gates and head begin at 0: nothing would be compared
+            if not parameter.any():  # gates and head are initialized with 0, which would hide differences
                 parameter.normal_(std=0.1, generator=generator)
         difference = model.sample_actions(observation, noise=noise) - plain_sample(model, observation, noise)
     assert difference.abs().max() <= 5e-6
@@ -232,7 +231,7 @@ def test_fast_gelu_equals_plain_gelu():
 
 @pytest.mark.parametrize("pi05", [True, False])
 def test_prefill_and_denoise_step_read_no_value_on_the_host(pi05):
-    """Tensors on "meta" have no values: reading one raises, as dropping the padding does."""
+    """Reading a value of a tensor on "meta" raises, as dropping the padding does."""
     config = Pi0Config.from_dict({"pi05": pi05}, base=PRESETS["tiny" if pi05 else "tiny_pi0"])
     model = torchpi.Pi0(config, device="meta")
     with torch.device("meta"):
@@ -257,22 +256,24 @@ def test_prefill_and_denoise_step_read_no_value_on_the_host(pi05):
 
 
 @torch.no_grad()
-def test_suffix_is_written_behind_the_prefix_in_one_buffer(golden, model):
-    """Every step uses the same buffers, and leaves the prefix in them as it is."""
+def test_suffix_is_written_after_the_prefix_in_one_buffer(golden, model):
+    """Every step uses the same buffers and does not change the prefix in them."""
     cache = model.prefill(golden.observation())
     prefix = [keys[:, :length].clone() for keys, _, length in cache.key_values]
-    places = [keys.data_ptr() for keys, _, _ in cache.key_values]
+    pointers = [keys.data_ptr() for keys, _, _ in cache.key_values]
     first = model.denoise_step(cache, golden.inputs["noise"], golden.inputs["time"])
     model.denoise_step(cache, golden.outputs["x_t"], golden.inputs["time"])
     assert torch.equal(model.denoise_step(cache, golden.inputs["noise"], golden.inputs["time"]), first)
-    for (keys, _, length), before, place in zip(cache.key_values, prefix, places, strict=True):
-        assert keys.data_ptr() == place
+    for (keys, _, length), before, pointer in zip(cache.key_values, prefix, pointers, strict=True):
+        assert keys.data_ptr() == pointer
         assert keys.shape[1] > length
         assert torch.equal(keys[:, :length], before)
 
 
 def test_shapes_that_would_be_broadcast_are_errors(golden, model, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose shapes nothing else checks
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # as for users, for whom jaxtyping does not check shapes
     observation, actions = golden.observation(), golden.inputs["actions"]
     flow = {"noise": golden.inputs["noise"], "time": golden.inputs["time"]}
     with pytest.raises(ValueError, match=r"prefix_len must be \[2\], got \[1\]"):
@@ -298,7 +299,7 @@ def test_shapes_that_would_be_broadcast_are_errors(golden, model, monkeypatch):
         model(observation, actions, noise=flow["noise"], time=flow["time"].numpy())
 
 
-def test_token_ids_that_the_embedding_does_not_have(golden, model):
+def test_token_ids_out_of_range_are_an_error(golden, model):
     observation = golden.observation()
     vocab = model.config.vocab_size
     foreign = dataclasses.replace(observation, tokenized_prompt=observation.tokenized_prompt + vocab)

@@ -1,4 +1,4 @@
-"""examples/nanopi.py, the joint forward written out: it equals the original, and `Pi0` equals it."""
+"""examples/nanopi.py, the explicit joint forward pass: it equals openpi, and `Pi0` equals it."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ def model(golden):
 
 @pytest.fixture(scope="module")
 def stages(golden, model):
-    """Every tensor that nanopi shows, by step and name."""
+    """All tensors that nanopi shows, by step and name."""
     shown = {}
 
     def show(step, name, tensor, layer=None):
@@ -72,7 +72,7 @@ def test_installed_module_is_the_example():
         ("inference", "action_chunk", "sample_actions_10"),
     ],
 )
-def test_every_stage_equals_the_original(golden, stages, step, name, original):
+def test_every_stage_equals_openpi(golden, stages, step, name, original):
     if name == "adarms_cond" and golden.kind == "pi0":
         assert (step, name) not in stages
         return
@@ -80,13 +80,13 @@ def test_every_stage_equals_the_original(golden, stages, step, name, original):
     expected = golden.outputs[original]
     expected = expected.flatten(1, 2) if name.startswith("patch_embedding") else expected
     assert found.shape == expected.shape
-    valid = golden.outputs["prefix_mask"] if name == "prefix_out" else ...  # rows of padding mean nothing
+    valid = golden.outputs["prefix_mask"] if name == "prefix_out" else ...  # rows of padding are arbitrary
     assert (found.double() - expected.double()).abs()[valid].max() <= TOLERANCE
 
 
-def test_cache_and_euler_steps_equal_the_original(golden, stages):
+def test_cache_and_euler_steps_equal_openpi(golden, stages):
     valid = golden.outputs["prefix_mask"]
-    assert not valid.all()  # padding inside the prefix, in front of the suffix
+    assert not valid.all()  # there is padding inside the prefix, before the suffix
     for i in range(len(golden.outputs["kv_cache_k"])):
         for letter in "kv":
             expected = golden.outputs[f"kv_cache_{letter}"][i]
@@ -121,7 +121,7 @@ def test_gradients_of_pi0_equal_those_of_the_joint_forward(golden, model):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     model.zero_grad()
     joint, cached = gradients
-    # Of the last backbone layer, the joint forward computes more, of which nothing reaches the velocity.
+    # The joint forward pass computes more of the last backbone layer, but the velocity does not depend on that.
     assert set(cached) == set(joint)
     assert all((joint[name] - cached[name]).abs().max() <= 1e-5 * (1 + joint[name].abs().max()) for name in joint)
 
@@ -138,7 +138,7 @@ def test_expert_equals_the_joint_forward_to_the_last_digits_in_float64(golden, m
         found.extend([tensor] if name == "suffix_out" else [])
         return tensor
 
-    # Norms and rotations go through float32, whose rounding would hide everything below 1e-7.
+    # Norms and RoPE are computed in float32, whose rounding would hide differences below 1e-7.
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     nanopi.training_loss(w, model.config, prefix, given, show)
     cache = model.prefill(observation, prefix)
@@ -150,7 +150,7 @@ def test_expert_equals_the_joint_forward_to_the_last_digits_in_float64(golden, m
     assert (out - found[0]).abs().max() <= 1e-12
 
 
-def test_a_query_without_keys_attends_to_all_keys_alike():
+def test_query_without_keys_attends_uniformly():
     q, k, v = torch.randn(1, 2, 2, 4), torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4)
     mask = torch.tensor([[[True, False, False], [False, False, False]]])
     shown = {}
@@ -160,14 +160,14 @@ def test_a_query_without_keys_attends_to_all_keys_alike():
     torch.testing.assert_close(shown["probs"][..., 1, :], torch.full((1, 1, 2, 3), 1 / 3))
 
 
-def test_fixed_position_embedding_is_among_the_weights():
+def test_weights_include_a_fixed_position_embedding():
     vision = dataclasses.replace(PRESETS["tiny"].siglip, position="sincos2d")
     model = torchpi.Pi0(dataclasses.replace(PRESETS["tiny"], siglip_variant=vision), device="meta")
     assert nanopi.weights_of(model)["vision.pos_embed"].shape == (36, vision.width)
 
 
 @pytest.mark.slow
-def test_the_command_writes_loss_and_actions(golden, tmp_path):
+def test_command_writes_loss_and_actions(golden, tmp_path):
     arguments = ["--config", golden.config, "--inputs", golden.root / "inputs.npz", "--out", tmp_path / "y.npz"]
     command = [sys.executable, ROOT / "examples" / "nanopi.py", golden.checkpoint, *arguments]
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
@@ -185,7 +185,7 @@ def test_the_command_writes_loss_and_actions(golden, tmp_path):
     assert "q_grouped" in out
 
 
-def test_the_command_makes_up_inputs(golden):
+def test_command_draws_random_inputs(golden):
     command = [sys.executable, ROOT / "examples" / "nanopi.py", golden.checkpoint, "--config", golden.config]
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1].startswith("loss ")

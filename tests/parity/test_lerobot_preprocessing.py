@@ -1,4 +1,4 @@
-"""Images and prompts of LeRobot's policies against LeRobot's own code, before and since version 0.5."""
+"""Images and prompts compared with LeRobot's own code, before and since version 0.5."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SIZES = [name.removesuffix(".input") for name in CASES if name.endswith(".input"
 
 @pytest.mark.parametrize("version", PROGRAMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_images_are_lerobots(size, version):
+def test_images_equal_lerobots(size, version):
     transform, _ = PREPROCESSING[PROGRAMS[version]]
     ours = resize_with_pad(CASES[f"{size}.input"], 14, 14, transform)
     np.testing.assert_allclose(ours, CASES[f"{size}.{version}"], rtol=0, atol=1e-6)
@@ -25,7 +25,7 @@ def test_images_are_lerobots(size, version):
 
 @pytest.mark.parametrize("version", PROGRAMS)
 @pytest.mark.parametrize("dim", [7, 32, 40])
-def test_prompts_are_lerobots(dim, version):
+def test_prompts_equal_lerobots(dim, version):
     identity = NormStats(np.zeros(dim), np.ones(dim))
     transforms = Transforms(
         dict.fromkeys(("state", "actions"), identity),

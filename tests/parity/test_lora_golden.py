@@ -1,4 +1,4 @@
-"""The model with LoRA against the original: loss, gradients, actions, the freeze rule and ten updates, in float32."""
+"""The model with LoRA compared with openpi: loss, gradients, actions and freeze rule, in float32."""
 
 import json
 import pathlib
@@ -15,12 +15,12 @@ from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.model.lora import LoraConfig, add_lora, lora_config, trainable_parameters
 
 ALPHA = (8.0, 3.0)
-# A key's bias shifts all logits of a query alike: its gradient is rounding noise, which Adam makes as large as any.
+# A key bias shifts all logits of a query equally: its gradient is rounding noise, which Adam scales up.
 NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
 
 
 class LoraGolden:
-    """One kind of golden model with LoRA; batches and random numbers are those of its training."""
+    """A golden model with LoRA, with the batches and random numbers of its training."""
 
     def __init__(self, root: pathlib.Path, kind: str) -> None:
         self.root = root / "lora" / kind
@@ -39,7 +39,7 @@ class LoraGolden:
         return json.loads((self.root / f"{name}.json").read_text())
 
     def model(self) -> torchpi.Pi0:
-        """A fresh copy, with LoRA attached."""
+        """Load a fresh copy with LoRA attached."""
         config = self.root / "model_config.json"
         return torchpi.load_model(self.root / "jax_ckpt", config=config, lora_alpha=ALPHA, lora="keep")
 
@@ -83,7 +83,7 @@ def test_loss_and_gradients(lora, model):
     torch.testing.assert_close(loss.detach(), lora.arrays("outputs")["compute_loss"], atol=2e-5, rtol=0)
     loss.mean().backward()
     leaves = lora.leaves(model)
-    for parameter in model.parameters():  # where the loss does not reach, the original has zeros
+    for parameter in model.parameters():  # JAX has zeros for parameters that do not affect the loss
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     gradients = {name: stored_array(model, leaf) for name, leaf in leaves.items()}
     for name, theirs in lora.arrays("grads").items():

@@ -1,4 +1,4 @@
-"""Every stage of both models against the original's tensors, float32, on tokens that mean something."""
+"""Every stage of both models compared with openpi's tensors in float32, at valid tokens."""
 
 import json
 
@@ -12,7 +12,7 @@ from torchpi.model.gemma import rope_table
 from torchpi.model.masks import make_attn_mask, token_positions
 
 TOLERANCE = 2e-5
-# The mean loss has no gradient there (a key's bias shifts all logits of a query alike); what is computed is noise.
+# A key bias shifts all logits of a query equally: its gradient is 0 up to rounding noise.
 NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
 
 
@@ -96,7 +96,7 @@ def test_masks_and_positions(golden):
 
 
 def original_prefix(golden):
-    """The original's embedded prefix, as `embed_prefix` returns it."""
+    """openpi's embedded prefix, in the form of `embed_prefix`."""
     return tuple(golden.outputs[f"prefix_{name}"] for name in ("tokens", "mask", "ar_mask"))
 
 
@@ -110,7 +110,7 @@ def test_key_value_cache(golden, model, observation):
 
 
 def test_backbone_output(golden, model):
-    """The output behind the final norm, which only a text head reads; sampling skips it."""
+    """The output of the final norm, which only a text head would need; sampling skips it."""
     mask = golden.outputs["prefix_mask"]
     rope = rope_table(token_positions(mask), model.config.paligemma.head_dim)
     tokens = golden.outputs["prefix_tokens"]
@@ -123,7 +123,7 @@ def test_backbone_output(golden, model):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_denoise_step(golden, model, observation, gradients):
-    """Without gradients the suffix's keys and values are written behind the prefix's, with gradients concatenated."""
+    """Keys and values of the suffix are written into the cache's buffers, or concatenated if gradients are enabled."""
     with torch.set_grad_enabled(gradients):
         cache = model.prefill(observation, original_prefix(golden))
         v_t = model.denoise_step(cache, golden.outputs["x_t"], golden.inputs["time"])
@@ -145,12 +145,12 @@ def test_sampled_actions(golden, model, observation, num_steps):
 
 @pytest.mark.parametrize("num_steps", [10, 4])
 def test_euler_trajectory(golden, model, observation, num_steps):
-    """Every state on the way: what each step's velocity is asked for, and where the last step ends."""
+    """x_t at every step, and the final result."""
     states = []
     hook = model.suffix.register_forward_hook(lambda module, args, out: states.append(args[1]))
     states.append(model.sample_actions(observation, noise=golden.inputs["noise"], num_steps=num_steps))
     hook.remove()
-    # The hook saw the first state first; the result was appended last.
+    # The hook recorded x_t of each step in order; the result was appended last.
     want = golden.outputs[f"sample_traj_{num_steps}_x"]
     assert len(states) == len(want)
     for ours, theirs in zip(states, want, strict=True):
@@ -182,12 +182,12 @@ def test_gradients(golden, observation):
 
 
 def gather_leaf(leaf, gradients):
-    """A leaf of the original's checkpoint put together from our parameters' gradients."""
+    """Assemble an array of openpi's checkpoint from the gradients of our parameters."""
     parts = []
     for piece in leaf.slices:
         gradient = gradients[piece.param]
         shape = leaf.shape if piece.layer is None else leaf.shape[1:]
-        if gradient is None:  # unused behind the last prefix layer
+        if gradient is None:  # unused part of the last prefix layer
             parts.append(torch.zeros(shape))
             continue
         rows = gradient if piece.rows is None else gradient[slice(*piece.rows)]
@@ -198,7 +198,7 @@ def gather_leaf(leaf, gradients):
 
 
 def test_bfloat16_stays_near_float32(golden, observation):
-    """The original itself is 0.03 to 0.04 (max) and 0.005 to 0.009 (mean) off in bfloat16."""
+    """openpi in bfloat16 differs by 0.03 to 0.04 (max) and 0.005 to 0.009 (mean)."""
     model = golden.model(dtype=torch.bfloat16)
     actions = model.sample_actions(observation, noise=golden.inputs["noise"])
     difference = (actions - golden.outputs["sample_actions_10"]).abs()
@@ -207,7 +207,7 @@ def test_bfloat16_stays_near_float32(golden, observation):
 
 
 def test_float32_weights_with_bfloat16_matmuls(golden, observation):
-    """The precision of training: stated by compute_dtype, and as near as bfloat16 weights."""
+    """Training precision, set by compute_dtype, is as accurate as bfloat16 weights."""
     model = golden.model()
     model.compute_dtype_override = torch.bfloat16
     actions = model.sample_actions(observation, noise=golden.inputs["noise"])

@@ -1,4 +1,4 @@
-"""Whole policies, from openpi's checkpoints and raw requests to the robot's actions, against openpi's own results."""
+"""Whole policies compared with openpi: from its checkpoints and raw requests to the robot's actions."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_all_golden_cases_are_tested(policy_cases):
 def test_actions_equal_openpis(name, policy, policy_case, policy_cases):
     request, case = policy_case(name)
     settings = policy_cases[name]
-    # Which normalization it is, follows the variant where nobody says it.
+    # The normalization defaults to the variant's.
     assert policy.transforms.normalization["state"].kind == ("quantile" if settings["use_quantiles"] else "z_score")
     result = policy.infer(request, noise=case["noise"], num_steps=settings["num_steps"])
     assert sorted(result) == sorted(settings["result_keys"])
@@ -45,7 +45,7 @@ def test_actions_equal_openpis(name, policy, policy_case, policy_cases):
 
 @pytest.mark.parametrize("name", ["pi05.aloha", "pi0.libero7"])
 def test_saved_policy_gives_same_actions(name, policy, policy_case, tmp_path):
-    """The folder alone says everything that the test above said."""
+    """The saved folder contains all settings that the test above passes."""
     request, case = policy_case(name)
     policy.save(tmp_path / "policy")
     loaded = torchpi.load_policy(tmp_path / "policy", device="cpu")

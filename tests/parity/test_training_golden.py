@@ -1,4 +1,4 @@
-"""The trainer's updates against the original's: 20 of the whole model, 10 with LoRA, from given noise and time."""
+"""Training updates compared with openpi: 20 of the whole model, 10 with LoRA, with the same noise and time."""
 
 import json
 import pathlib
@@ -22,12 +22,12 @@ from torchpi.training.state import TrainState
 from torchpi.training.weights import freeze
 
 RECIPE = TrainConfig(batch_size=2, lr=1e-3, min_lr=1e-4, ema_decay=0.9, dtype="float32", frozen_dtype="float32")
-# A key's bias shifts all logits of a query alike: its gradient is rounding noise, which Adam makes as large as any.
+# A key bias shifts all logits of a query equally: its gradient is rounding noise, which Adam scales up.
 NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
 
 
 class Trajectory:
-    """One kind of golden model in training."""
+    """Golden training run of a model."""
 
     def __init__(self, root: pathlib.Path, kind: str, *, lora: bool) -> None:
         self.root = root / ("lora" if lora else "training") / kind
@@ -82,7 +82,7 @@ class Trajectory:
 
 
 def follow(trajectory: Trajectory, recipe: TrainConfig, steps: int) -> TrainState:
-    """Run updates, and compare losses, gradients' norms and rates with the original's."""
+    """Run updates, and compare losses, gradient norms and learning rates with openpi's."""
     state = trajectory.begin(recipe)
     parallel, expected = single_process(state.model), trajectory.expected
     for step in range(steps):
@@ -103,7 +103,7 @@ def with_lora(request, golden_root) -> Trajectory:
     return Trajectory(golden_root, request.param, lora=True)
 
 
-def test_the_first_updates(whole):
+def test_first_updates(whole):
     follow(whole, whole.recipe, 3)
 
 

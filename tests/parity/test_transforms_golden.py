@@ -1,4 +1,4 @@
-"""Images, transforms, prompts, robots and whole policies' inputs against openpi's own results."""
+"""Images, transforms, prompts, robots and policy inputs compared with openpi's results."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero
 from torchpi.robots.aloha import gripper_command_to_angular, gripper_from_angular, gripper_to_angular
+from torchpi.robots.keys import nest
 from torchpi.transforms import (
     Normalization,
     NormStats,
@@ -45,16 +46,8 @@ POLICIES = json.loads((GOLDEN / "policy/policy.json").read_text())
 
 
 def nested(arrays: dict[str, np.ndarray], prefix: str) -> dict:
-    """The arrays below a prefix as a request or sample: nested at the dots, 0-d strings and bools as such."""
-    tree: dict = {}
-    for key, value in arrays.items():
-        if key.startswith(prefix):
-            *folders, last = key.removeprefix(prefix).split(".")
-            place = tree
-            for folder in folders:
-                place = place.setdefault(folder, {})
-            place[last] = value
-    return tree
+    """Nest the arrays whose keys have a prefix."""
+    return nest({key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)})
 
 
 def assert_same(ours: dict, theirs: dict, atol: float = 1e-12) -> None:
@@ -74,7 +67,7 @@ def assert_same(ours: dict, theirs: dict, atol: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize("size", ["480x640", "100x37", "224x224", "720x1280"])
-def test_resize_equals_the_robot_clients_result(size):
+def test_resize_equals_openpi_client(size):
     ours = resize_with_pad(IMAGES[f"{size}.input"], 224, 224)
     np.testing.assert_array_equal(ours, IMAGES[f"{size}.client_pil_uint8"])
 
@@ -224,7 +217,7 @@ POLICY_ROBOTS = {"pi05.aloha": "aloha", "pi05.droid": "droid", "pi05.libero": "l
 
 
 def policy(name: str) -> tuple[Embodiment, Transforms]:
-    """A golden policy's parts, as a policy folder would state them."""
+    """Embodiment and transforms of a golden policy."""
     kind = "quantile" if POLICIES[name]["use_quantiles"] else "z_score"
     pi05 = name.startswith("pi05")
     return get_embodiment(POLICY_ROBOTS[name]), Transforms(
@@ -256,7 +249,7 @@ def test_policy_inputs(name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_training_transforms_invert_policy_outputs(name):
-    """The model's chunk is what training would make of the golden actions: the whole way back, then forth."""
+    """Golden actions are transformed as in training, then back as in inference."""
     robot, transforms = policy(name)
     arrays = load(f"policy/{name}/case.npz")
     sample = robot.to_model({**nested(arrays, "obs."), "actions": arrays["actions"]})

@@ -1,4 +1,4 @@
-"""Deltas and padding."""
+"""Delta actions and padding."""
 
 import numpy as np
 import pytest
@@ -17,26 +17,26 @@ numbers = st.floats(-1e3, 1e3)
     state=hnp.arrays(np.float64, 6, elements=numbers),
     mask=st.lists(st.booleans(), max_size=5),
 )
-def test_absolute_is_the_inverse_of_delta(actions, state, mask):
+def test_absolute_inverts_delta(actions, state, mask):
     delta = delta_actions(actions, state, mask)
     np.testing.assert_allclose(absolute_actions(delta, state, mask), actions, rtol=0, atol=1e-9)
     unmasked = [i for i in range(5) if i >= len(mask) or not mask[i]]
     np.testing.assert_array_equal(delta[:, unmasked], actions[:, unmasked])
 
 
-def test_every_step_refers_to_the_same_state():
+def test_all_deltas_refer_to_the_first_state():
     actions = np.array([[1.0, 5.0], [2.0, 6.0]])
     assert delta_actions(actions, np.array([1.0, 1.0]), (True, False)).tolist() == [[0, 5], [1, 6]]
-    assert actions.tolist() == [[1, 5], [2, 6]]  # not changed
+    assert actions.tolist() == [[1, 5], [2, 6]]  # the argument is not changed
 
 
 @pytest.mark.parametrize(("a", "s"), [(2, 3), (3, 2)])
-def test_a_mask_that_is_too_long(a, s):
+def test_too_long_mask_is_an_error(a, s):
     with pytest.raises(ValueError, match=f"mask has 3 dimensions.* number 3, actions have {a} and the state has {s}"):
         delta_actions(np.zeros((1, a)), np.zeros(s), (True,) * 3)
 
 
-def test_state_may_lack_the_dimensions_that_are_absolute():
+def test_state_may_lack_absolute_dimensions():
     actions, state, mask = np.array([[1.0, 5.0, 7.0]]), np.array([1.0]), (True, False, False)
     delta = delta_actions(actions, state, mask)
     assert delta.tolist() == [[0, 5, 7]]
@@ -48,7 +48,7 @@ def test_state_may_lack_the_dimensions_that_are_absolute():
 @given(
     x=hnp.arrays(np.float32, hnp.array_shapes(max_dims=3), elements=st.floats(-9, 9, width=32)), more=st.integers(0, 5)
 )
-def test_unpad_is_the_inverse_of_pad(x, more):
+def test_unpad_inverts_pad(x, more):
     padded = pad_to_dim(x, x.shape[-1] + more)
     assert padded.shape == (*x.shape[:-1], x.shape[-1] + more)
     assert not padded[..., x.shape[-1] :].any()
@@ -60,7 +60,7 @@ def test_wider_array_is_not_padded():
     assert pad_to_dim(x, 3) is x
 
 
-def test_unpad_to_more_than_there_is():
+def test_unpad_beyond_the_width_is_an_error():
     with pytest.raises(ValueError, match="with 3 dimensions to 4"):
         unpad(np.zeros((2, 3)), 4)
 

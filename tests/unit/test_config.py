@@ -1,4 +1,4 @@
-"""The sizes of a model: defaults, presets, JSON, and what a user gets wrong."""
+"""Model configs: defaults, presets, JSON, and errors."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ def test_prompt_length_and_format_follow_the_variant(pi05, max_token_len):
     assert config.num_patches == 256
 
 
-def test_prompt_length_and_format_can_be_set_against_the_variant():
+def test_prompt_length_and_format_override_the_variant():
     config = Pi0Config(pi05=True, max_token_len=48, discrete_state_input=False)
     assert (config.max_token_len, config.discrete_state_input) == (48, False)
 
 
-def test_none_means_unset_and_a_call_that_needs_the_value_says_how_to_set_it():
+def test_required_unset_field_error_names_config_argument():
     config = Pi0Config(action_horizon=None, max_token_len=None, discrete_state_input=None)
     for field in ("action_horizon", "max_token_len", "discrete_state_input"):
         assert getattr(config, field) is None
@@ -55,7 +55,7 @@ def test_presets_complete_the_published_weights(name, horizon, pi05, discrete):
     assert (config.action_horizon, config.pi05, config.discrete_state_input) == (horizon, pi05, discrete)
 
 
-def test_an_unknown_preset_lists_the_presets():
+def test_unknown_preset_error_lists_the_presets():
     with pytest.raises(ValueError, match=r"Unknown preset 'pi06'.*pi0, pi05, tiny.*pi05_libero"):
         preset("pi06")
 
@@ -89,8 +89,8 @@ def test_from_json_reads_the_golden_files(golden_root, pi05, dim, horizon, lengt
     assert (config.vocab_size, config.image_size) == (512, 224)
 
 
-def test_fields_that_are_not_sizes_may_stand_beside_them(tmp_path):
-    """As in the file of a LoRA model."""
+def test_fields_other_than_sizes_are_ignored(tmp_path):
+    """The config file of a LoRA model has such fields."""
     document = {
         "pi05": False, "dtype": "float32", "action_dim": 7, "action_horizon": 32, "max_token_len": 48,
         "vocab_size": 512, "image_size": 224, "num_params": 287607, "num_lora_params": 30336,
@@ -103,12 +103,12 @@ def test_fields_that_are_not_sizes_may_stand_beside_them(tmp_path):
     assert Pi0Config.from_json(tmp_path / "model_config.json").paligemma == GemmaConfig(**GEMMA)
 
 
-def test_a_partial_file_takes_the_rest_from_the_defaults(tmp_path):
+def test_partial_file_is_completed_from_the_defaults(tmp_path):
     (tmp_path / "horizon.json").write_text('{"pi05": true, "action_horizon": 10}')
     assert Pi0Config.from_json(tmp_path / "horizon.json") == Pi0Config(pi05=True, action_horizon=10)
 
 
-def test_a_partial_file_takes_the_rest_from_the_base_if_there_is_one():
+def test_partial_file_is_completed_from_the_base():
     base = preset("tiny")
     assert Pi0Config.from_dict({"action_horizon": 3}, base) == dataclasses.replace(base, action_horizon=3)
     assert Pi0Config.from_dict({"action_expert": {"width": 64}}, base).action_expert == dataclasses.replace(
@@ -116,7 +116,7 @@ def test_a_partial_file_takes_the_rest_from_the_base_if_there_is_one():
     )
 
 
-def test_partial_sizes_take_the_rest_from_the_variant():
+def test_partial_sizes_are_completed_from_the_variant():
     assert Pi0Config.from_dict({"paligemma": {"width": 512}}).paligemma == dataclasses.replace(
         Pi0Config().paligemma, width=512
     )
@@ -154,11 +154,11 @@ def test_partial_sizes_take_the_rest_from_the_variant():
         ({"siglip": {"position": "rope"}}, "Invalid value 'rope' at `siglip.position`; valid are 'learned'"),
         ({"siglip": 14}, "Expected `object`, got `int` at `siglip`"),
         ({"paligemma": "gemma_9b"}, "paligemma: unknown variant 'gemma_9b'; variants are gemma_2b, gemma_300m"),
-        # The name of the argument in Python, which would otherwise be taken for a note about a LoRA model.
+        # The Python argument's name, which is ignored only beside the sizes.
         ({"paligemma_variant": "gemma_300m"}, "'paligemma_variant' is not read; write 'paligemma' instead"),
     ],
 )  # fmt: skip
-def test_a_wrong_field_is_an_error_that_names_file_and_field(tmp_path, document, message):
+def test_invalid_field_error_names_file_and_field(tmp_path, document, message):
     file = tmp_path / "sizes.json"
     file.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{message.replace(' | ', ' . ')}"):
@@ -175,13 +175,13 @@ def test_a_wrong_field_is_an_error_that_names_file_and_field(tmp_path, document,
         (b'"pi05"', "must hold a JSON object, found str"),
     ],
 )
-def test_a_file_that_is_no_json_object_is_an_error_that_names_it(tmp_path, content, message):
+def test_non_json_file_error_names_the_file(tmp_path, content, message):
     (tmp_path / "sizes.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"sizes\.json.*{message}"):
         Pi0Config.from_json(tmp_path / "sizes.json")
 
 
-def test_a_missing_file_is_an_error_that_names_it(tmp_path):
+def test_missing_file_error_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no file .*sizes\.json"):
         Pi0Config.from_json(tmp_path / "sizes.json")
 
@@ -196,7 +196,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
         ({"width": 33}, "width must be even for the time embedding, got 33"),
     ],
 )
-def test_an_expert_that_cannot_read_the_backbones_keys_is_an_error(changes, message):
+def test_expert_incompatible_with_backbone_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         Pi0Config(paligemma_variant=GemmaConfig(**GEMMA), action_expert_variant=GemmaConfig(**{**GEMMA, **changes}))
 
@@ -216,20 +216,20 @@ def test_an_expert_that_cannot_read_the_backbones_keys_is_an_error(changes, mess
         (lambda: Pi0Config.from_dict([1]), "model config must be an object, found list"),
     ],
 )
-def test_sizes_that_contradict_each_other_are_an_error(build, message):
+def test_contradictory_sizes_are_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
 @pytest.mark.parametrize(("name", "count"), [("pi05", 3_353_433_872), ("pi0", 3_238_048_528)])
-def test_the_full_size_models_have_the_published_number_of_parameters(name, count):
+def test_full_size_models_have_the_published_parameter_count(name, count):
     model = torchpi.Pi0(preset(name), device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 @pytest.mark.parametrize("kind", ["pi05", "pi0"])
-def test_the_full_size_checkpoint_has_the_published_arrays(golden_root, kind):
+def test_full_size_checkpoint_has_the_published_arrays(golden_root, kind):
     lines = (golden_root / f"keys_fullsize_jax_{kind}.txt").read_text().splitlines()
     published = {
         path.replace("/", "."): tuple(int(size) for size in re.findall(r"\d+", shape))
@@ -239,7 +239,7 @@ def test_the_full_size_checkpoint_has_the_published_arrays(golden_root, kind):
 
 
 @pytest.mark.parametrize("kind", ["pi05", "pi0"])
-def test_every_weight_of_the_full_size_model_comes_out_of_exactly_one_place_of_the_checkpoint(kind):
+def test_every_full_size_weight_is_mapped_exactly_once(kind):
     config = preset(kind)
     filled: dict[str, int] = {}
     rows: dict[str, list[tuple[int, int]]] = {}
@@ -250,7 +250,7 @@ def test_every_weight_of_the_full_size_model_comes_out_of_exactly_one_place_of_t
             filled[piece.param] = filled.get(piece.param, 0) + size
             rows.setdefault(piece.param, []).append(piece.rows or (0, parameters[piece.param].shape[0]))
     assert filled == {name: parameter.numel() for name, parameter in parameters.items()}
-    for name, spans in rows.items():  # one behind the other, without a gap
+    for name, spans in rows.items():  # consecutive, without a gap
         ends = [0, *(end for _, end in sorted(spans))]
         assert [start for start, _ in sorted(spans)] == ends[:-1]
         assert ends[-1] == parameters[name].shape[0]

@@ -1,4 +1,4 @@
-"""Depth cameras: metres out of every coding, and colours for the model only by a mapping that the policy keeps."""
+"""Depth cameras: decoding to metres, and the mapping to colours that is part of the policy."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_depth_images_are_read_in_metres(image, info, metres, tmp_path):
 
 
 @pytest.mark.parametrize(("image", "scale"), [(DEPTH, 1000), ((DEPTH / 1000).astype(np.float32), 1)])
-def test_missing_unit_is_lerobots_and_said(image, scale, tmp_path):
+def test_missing_unit_defaults_to_lerobots_with_a_note(image, scale, tmp_path):
     path = write_set(tmp_path / "set", images=[encoded(image, "TIFF")] * 2, info={"is_depth_map": True})
     with pytest.warns(UserWarning, match=r"no depth_unit for observation\.images\.front; integers .* millimetres"):
         found = read(path)
@@ -55,11 +55,11 @@ CODING = {"is_depth_map": True, "depth_unit": "mm", "video.depth_min": 0.25, "vi
 
 
 @pytest.mark.parametrize("pix_fmt", ["gray12le", "yuv420p12le"])
-def test_codes_of_lerobots_videos_are_metres(pix_fmt, tmp_path):
+def test_lerobot_depth_video_is_decoded_to_metres(pix_fmt, tmp_path):
     video = encoded_video([CODES, CODES], pix_fmt)
     info = {**CODING, "video.shift": 3.5, "video.use_log": True}
     found = read(write_set(tmp_path / "log", video=video, info=info))
-    # The quantization that LeRobot documents: equal steps of log(depth + shift).
+    # LeRobot's documented quantization: equal steps of log(depth + shift).
     first, last = np.log(0.25 + 3.5), np.log(8.0 + 3.5)
     expected = np.exp(CODES / 4095 * (last - first) + first) - 3.5
     assert np.allclose(found[..., 0], expected, atol=1e-6)
@@ -68,7 +68,7 @@ def test_codes_of_lerobots_videos_are_metres(pix_fmt, tmp_path):
     assert np.allclose(found[..., 0], 0.25 + CODES / 4095 * 7.75, atol=1e-6)
 
 
-def test_videos_of_16_bits_have_the_unit(tmp_path):
+def test_video_of_16_bits_uses_the_stated_unit(tmp_path):
     path = write_set(tmp_path / "set", video=encoded_video([DEPTH, DEPTH], "gray16le"), info=MM)
     assert np.array_equal(read(path)[..., 0], (DEPTH / 1000).astype(np.float32))
 
@@ -98,7 +98,7 @@ UNIT_PLANES = [DEPTH // 16] * 2
         ({"video": encoded_video(UNIT_PLANES, "gray12le")}, {**CODING, "video.depth_max": 0.1}, "depth_max, shift, us"),
     ],
 )
-def test_numbers_of_unknown_meaning_are_errors(files, info, message, tmp_path):
+def test_ambiguous_depth_encodings_are_errors(files, info, message, tmp_path):
     path = write_set(tmp_path / "set", info=info, **files)
     with pytest.raises(ValueError, match=message):
         read(path)
@@ -131,20 +131,20 @@ def test_grey_goes_from_near_to_far():
     assert np.array_equal(found, np.repeat(found[..., :1], 3, axis=2))
 
 
-def test_jet_goes_from_blue_to_red_and_black_is_not_measured():
+def test_jet_goes_from_blue_to_red_with_unmeasured_black():
     depth = np.array([[500, 1500, 2500, 0]], np.uint16)
     found = seen(arm(dataclasses.replace(GREY, colormap="jet")), depth)
     assert found.tolist() == [[[0, 0, 128], [130, 255, 126], [128, 0, 0], [0, 0, 0]]]
 
 
-def test_nan_and_infinity_of_sensors_are_colours():
+def test_nan_and_infinity_are_mapped_to_colours():
     depth = np.array([[np.nan, np.inf, -1.0, 1.5]], np.float32)
     assert seen(arm(dataclasses.replace(GREY, unit="m")), depth)[..., 0].tolist() == [[0, 255, 0, 128]]
 
 
 @pytest.mark.parametrize("unit", ["mm", "m", "cm"])
 @pytest.mark.parametrize("layout", ["hwc", "chw"])
-def test_training_and_every_robot_see_the_same(unit, layout, tmp_path):
+def test_training_and_inference_map_depth_equally(unit, layout, tmp_path):
     dataset = LeRobotDataset(write_set(tmp_path / "set", images=[encoded(DEPTH)] * 2, info=MM), action_horizon=1)
     robot = arm(dataclasses.replace(GREY, unit=unit), layout=layout)
     trained = robot.to_model(to_observation(dataset[0], robot))["image"]["base_0_rgb"]
@@ -155,7 +155,7 @@ def test_training_and_every_robot_see_the_same(unit, layout, tmp_path):
         assert np.array_equal(seen(robot, image), trained)
 
 
-def test_mapping_travels_with_the_policy(tmp_path):
+def test_depth_mapping_is_saved_with_the_policy(tmp_path):
     policy = torchpi.load_policy("demo")
     mapped = Camera("base_0_rgb", "base", dtype="uint16", depth=dataclasses.replace(GREY, colormap="jet"))
     (first, *others) = policy.embodiment.cameras
@@ -175,7 +175,7 @@ def test_mapping_travels_with_the_policy(tmp_path):
     assert "depth" not in cameras[1]  # older versions read policies without it
 
 
-def test_depth_is_no_rgb_camera_without_a_mapping(tmp_path):
+def test_depth_camera_needs_a_mapping(tmp_path):
     path = write_set(tmp_path / "set", images=[encoded(DEPTH)] * 2, info=MM)
     plain = arm(None, dtype="uint8")
     for attempt in (
@@ -191,7 +191,7 @@ def test_depth_is_no_rgb_camera_without_a_mapping(tmp_path):
         LeRobotDataset(rgb, action_horizon=1, embodiment=arm())
 
 
-def test_depth_and_rgb_camera_may_share_the_end_of_their_names():
+def test_depth_and_rgb_camera_may_share_a_name_suffix():
     keys = ["observation.images.front", "observation.depth.front"]
     assert camera_keys_of(arm(None, dtype="uint8"), keys, keys[1:]) == keys[:1]
     assert camera_keys_of(arm(), keys, keys[1:]) == keys[1:]
@@ -208,12 +208,12 @@ def test_depth_and_rgb_camera_may_share_the_end_of_their_names():
         ((DEPTH / 1000).astype(np.float32), "sent depths from 0.0002 to 0.00174 m .read as .*State the robot's unit"),
     ],
 )
-def test_robots_depth_of_another_form_is_an_error(image, message):
+def test_invalid_depth_image_is_an_error(image, message):
     with pytest.raises(ValueError, match=message):
         seen(arm(), image)
 
 
-def test_robots_depth_for_an_rgb_camera_is_an_error():
+def test_depth_image_for_rgb_camera_is_an_error():
     for image in (DEPTH, DEPTH[..., None], (DEPTH / 1000).astype(np.float32)):
         with pytest.raises(ValueError, match="for depth, state its mapping"):
             seen(arm(None), image)
@@ -230,7 +230,7 @@ def test_robots_depth_for_an_rgb_camera_is_an_error():
         ({"near": 0, "far": 1}, "unit"),
     ],
 )
-def test_impossible_mappings_are_errors(fields, message, tmp_path):
+def test_invalid_mappings_are_errors(fields, message, tmp_path):
     document = arm().to_dict()
     document["cameras"][0]["depth"] = fields
     (tmp_path / "arm.json").write_text(json.dumps(document))
@@ -238,7 +238,7 @@ def test_impossible_mappings_are_errors(fields, message, tmp_path):
         get_embodiment(tmp_path / "arm.json")
 
 
-def test_depth_camera_states_a_dtype_of_depth():
+def test_depth_camera_needs_a_depth_dtype():
     with pytest.raises(ValueError, match="dtype is 'uint8'; expected one of uint16, float32, any"):
         arm(dtype="uint8")
     with pytest.raises(ValueError, match="dtype is 'uint16'"):

@@ -1,4 +1,4 @@
-"""Robots as data: what they take, refuse and give back."""
+"""Embodiments: conversion of observations and actions, presets, JSON files, and errors."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ PUBLISHED = [name for name in EMBODIMENTS if name.startswith("pi0")]
 
 
 def my_arm(**fields) -> Embodiment:
-    """A user's own robot."""
+    """Build a custom robot."""
     return Embodiment.generic(
         "my_arm",
         cameras={"base_0_rgb": "front", "left_wrist_0_rgb": "wrist"},
@@ -60,10 +60,10 @@ def without(observation: dict, key: str) -> dict:
     return {k: v for k, v in observation.items() if k != key}
 
 
-# A robot of one's own
+# Custom robots
 
 
-def test_a_robot_of_ones_own():
+def test_custom_robot_reads_its_observation():
     sample = my_arm().to_model(request())
     assert (
         list(sample["image"]) == list(sample["image_mask"]) == ["base_0_rgb", "left_wrist_0_rgb"]
@@ -75,20 +75,20 @@ def test_a_robot_of_ones_own():
     assert actions.tolist() == [[1, 2, 3, 1]] * 2  # the gripper is absolute
 
 
-def test_the_request_is_not_changed():
+def test_to_model_does_not_change_the_request():
     observation = aloha().example_observation() | {"actions": np.ones((3, 14))}
     before = copy.deepcopy(observation)
     aloha().to_model(observation)
     np.testing.assert_equal(observation, before)
 
 
-def test_flat_and_nested_requests_are_the_same():
+def test_flat_and_nested_requests_give_the_same_sample():
     nested = aloha().example_observation()
     flat = {f"images.{name}": image for name, image in nested["images"].items()} | without(nested, "images")
     np.testing.assert_equal(aloha().to_model(flat), aloha().to_model(nested))
 
 
-def test_the_states_dtype_is_kept():
+def test_state_dtype_is_kept():
     for dtype in (np.float32, np.float64):
         assert my_arm().to_model(request(state=np.ones(4, dtype)))["state"].dtype == dtype
     assert my_arm().to_model(request(state=[0, 1, 2, 3]))["state"].dtype == np.float64
@@ -97,7 +97,7 @@ def test_the_states_dtype_is_kept():
 @pytest.mark.parametrize("name", ["aloha", "droid", "libero", "pi0_aloha_sim", "pi0_libero"])
 @settings(deadline=None)
 @given(data=st.data())
-def test_actions_to_the_model_and_back(name, data):
+def test_action_conversion_is_invertible(name, data):
     robot = get_embodiment(name)
     shape = st.tuples(st.integers(1, 3), st.just(robot.action_size))
     actions = data.draw(hnp.arrays(np.float64, shape, elements=st.floats(-3, 3)))
@@ -122,7 +122,7 @@ def test_aloha_gripper_commands(x):
 # Cameras
 
 
-def test_missing_required_camera():
+def test_missing_required_camera_is_an_error():
     with pytest.raises(KeyError, match=r"no image 'wrist' \(camera left_wrist_0_rgb\).*'my_arm'.*front \(required\)"):
         my_arm().to_model(without(request(), "wrist"))
     with pytest.raises(
@@ -131,7 +131,7 @@ def test_missing_required_camera():
         my_arm().to_model(request(wrist=None))
 
 
-def test_an_empty_observation_has_nothing():
+def test_empty_observation_is_an_error():
     with pytest.raises(KeyError, match=r"no image 'front'.*; found nothing; expected front \(required\), wrist"):
         my_arm().to_model({})
     optional = dataclasses.replace(
@@ -152,16 +152,16 @@ def test_absent_optional_and_masked_cameras_are_black():
     assert not sample["image"]["right_wrist_0_rgb"].any()
 
 
-def test_ignored_cameras():
+def test_ignored_cameras_are_not_read():
     observation = aloha().example_observation()
     observation["images"]["cam_low"] = "not even an image"
     assert list(aloha().to_model(observation)["image"]) == ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
 
 
-def test_unknown_cameras():
+def test_unknown_cameras_are_errors():
     with pytest.raises(KeyError, match=r"no camera 'top'; its cameras are front \(required\), wrist \(required\)"):
         my_arm().to_model(request(top=np.zeros((4, 6, 3), np.uint8)))
-    # Beside other cameras, whatever it is.
+    # A key next to other cameras counts as a camera, whatever its value.
     observation = aloha().example_observation()
     observation["images"]["cam_hgih"] = [0]
     with pytest.raises(KeyError, match=r"no camera 'images\.cam_hgih'; its cameras are images\.cam_high \(required\)"):
@@ -175,7 +175,7 @@ def test_unknown_keys_warn_once():
     assert len(caught) == 1
 
 
-def test_wrong_images_name_the_camera():
+def test_invalid_image_error_names_the_camera():
     with pytest.raises(
         ValueError, match=r"Camera 'left_wrist_0_rgb \(wrist\)' sent float32 \[4, 6, 3\]; expected uint8"
     ):
@@ -184,7 +184,7 @@ def test_wrong_images_name_the_camera():
         aloha().to_model({"images": {"cam_high": np.zeros((4, 6, 3), np.uint8)}, "state": np.zeros(14), "prompt": ""})
 
 
-def test_any_number_of_cameras():
+def test_any_number_of_cameras_is_supported():
     one = Embodiment.generic("one", cameras={"eye": "eye"}, state=["x"], actions=["x"])
     assert one.to_model(one.example_observation())["image_mask"] == {"eye": True}
     names = [f"c{i}" for i in range(7)]
@@ -192,7 +192,7 @@ def test_any_number_of_cameras():
     assert list(seven.to_model(seven.example_observation())["image"]) == names
 
 
-def test_an_observation_that_is_none():
+def test_observation_of_wrong_type_is_an_error():
     with pytest.raises(ValueError, match="found a list"):
         my_arm().to_model([request()])
 
@@ -211,19 +211,19 @@ def test_an_observation_that_is_none():
         ([[0], [1, 2]], "Cannot read state 'state'"),
     ],
 )
-def test_refused_states(state, message):
+def test_invalid_states_are_errors(state, message):
     with pytest.raises(ValueError, match=message):
         my_arm().to_model(request(state=state))
 
 
-def test_missing_state():
+def test_missing_state_is_an_error():
     with pytest.raises(KeyError, match=r"no state 'state'.*found wrist, front, prompt"):
         my_arm().to_model(without(request(), "state"))
     with pytest.raises(KeyError, match=r"The observation's state 'state' is None, but embodiment 'my_arm' reads it"):
         my_arm().to_model(request(state=None))
 
 
-def test_state_of_several_parts():
+def test_state_parts_are_concatenated():
     observation = droid().example_observation()
     observation |= {"observation/joint_position": np.arange(7.0), "observation/gripper_position": 0.5}
     assert droid().to_model(observation)["state"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0.5]
@@ -232,7 +232,7 @@ def test_state_of_several_parts():
         droid().to_model(observation)
 
 
-def test_a_state_that_may_be_shorter():
+def test_state_may_be_shorter_by_min_dim():
     observation = libero().example_observation()
     assert list(libero().state_dims) == [7, 8]
     for n in (7, 8):
@@ -248,7 +248,7 @@ def test_a_state_that_may_be_shorter():
 # Prompt and actions
 
 
-def test_prompts():
+def test_prompt_types_and_defaults():
     silent = without(request(), "prompt")
     assert my_arm(default_prompt="wait").to_model(silent)["prompt"] == "wait"
     assert my_arm(default_prompt="wait").to_model(silent, default_prompt="go")["prompt"] == "go"
@@ -267,12 +267,12 @@ def test_prompts():
         (np.full((2, 4), np.nan), r"NaN or infinity in actions, dimension 0 \(shoulder\)"),
     ],
 )
-def test_refused_actions(actions, message):
+def test_invalid_actions_are_errors(actions, message):
     with pytest.raises(ValueError, match=message):
         my_arm().to_model(request(actions=actions))
 
 
-def test_refused_chunks():
+def test_invalid_chunks_are_errors():
     with pytest.raises(ValueError, match=r"expects \[H, 4\]"):
         my_arm().from_model(np.zeros((2, 32)), np.zeros(4))
 
@@ -290,14 +290,14 @@ def test_refused_chunks():
         *((name, None) for name in PUBLISHED),
     ],
 )
-def test_presets_state_the_commands_that_were_guessed_of_older_files(name, expected):
+def test_presets_state_the_commands_guessed_for_older_files(name, expected):
     robot = get_embodiment(name)
     assert expected in (None, [action.command for action in robot.actions])
     unstated = tuple(dataclasses.replace(action, command=None) for action in robot.actions)
     assert with_guessed_commands(dataclasses.replace(robot, actions=unstated)) == robot
 
 
-def test_generic_robots_state_one_command_for_all_actions_or_each_its_own():
+def test_generic_takes_one_command_or_one_per_action():
     assert {action.command for action in my_arm().actions} == {None}
     assert {action.command for action in my_arm(command="position").actions} == {"position"}
     mixed = my_arm(command={"gripper": "effort"})
@@ -315,7 +315,7 @@ def test_generic_robots_state_one_command_for_all_actions_or_each_its_own():
         ((ActionDim("x", kind="delta"), ActionDim("delta_a")), ["position", "increment"]),
     ],
 )
-def test_commands_of_older_files_are_guessed_from_names_and_units(actions, commands):
+def test_missing_commands_are_guessed_from_names_and_units(actions, commands):
     robot = dataclasses.replace(my_arm(), state=(StateKey("state", ("a", "c"), units=("rad", "")),), actions=actions)
     assert [action.command for action in with_guessed_commands(robot).actions] == commands
 
@@ -372,7 +372,7 @@ def test_json_round_trip(robot, tmp_path):
     assert hash(get_embodiment(file)) == hash(robot)
 
 
-def test_warnings_given_are_no_part_of_the_robot():
+def test_equality_ignores_earlier_warnings():
     robot = my_arm()
     with pytest.warns(UserWarning, match="extra"):
         robot.to_model(request(extra=1))
@@ -382,13 +382,13 @@ def test_warnings_given_are_no_part_of_the_robot():
 
 def changed(path: list, value) -> dict:
     data = my_arm().to_dict()
-    place = data
+    node = data
     for step in path[:-1]:
-        place = place[step]
+        node = node[step]
     if value is None:
-        del place[path[-1]]
+        del node[path[-1]]
     else:
-        place[path[-1]] = value
+        node[path[-1]] = value
     return data
 
 
@@ -414,7 +414,7 @@ def changed(path: list, value) -> dict:
         (changed(["hook"], "nobody"), r"no hook 'nobody'; known are \['aloha_pi'\]"),
     ],
 )
-def test_refused_json(data, message, tmp_path):
+def test_invalid_embodiment_files_are_errors(data, message, tmp_path):
     file = tmp_path / "robot.json"
     file.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=message) as error:
@@ -422,7 +422,7 @@ def test_refused_json(data, message, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_limits_of_actions_are_part_of_the_file(tmp_path):
+def test_limits_are_saved_in_the_file(tmp_path):
     robot = my_arm(limits={"shoulder": {"low": -1.5, "high": 1.5}, "gripper": {"max_step": 0.1}})
     file = tmp_path / "robot.json"
     file.write_text(json.dumps(robot.to_dict()))
@@ -432,7 +432,7 @@ def test_limits_of_actions_are_part_of_the_file(tmp_path):
         "high": [1.5, None, None, None],
         "max_step": [None, None, None, 0.1],
     }
-    # What is not stated is not in the file, as in those that were written before there were limits.
+    # Unset limits are left out, as in files from before limits existed.
     assert robot.to_dict()["actions"][1] == {"name": "elbow", "unit": "", "kind": "delta", "command": None}
     assert my_arm().action_limits is None
 
@@ -481,7 +481,7 @@ def test_limits_of_actions_are_part_of_the_file(tmp_path):
         (lambda: my_arm(limits={"shoulder": {"min": 0}}), r"limits have \['min'\]; expected low, high, max_step"),
     ],
 )
-def test_refused_robots(make, message):
+def test_invalid_embodiments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -504,13 +504,13 @@ def test_refused_robots(make, message):
         ({"limits": {"a": (0, 1)}}, "Expected `object`, got `list` at `limits"),
     ],
 )
-def test_generic_arguments_of_other_form_are_refused(fields, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+def test_generic_arguments_of_wrong_type_are_errors(fields, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks run only in tests
     with pytest.raises(ValueError, match=message):
         generic(**fields)
 
 
-def test_names_of_file_are_checked(tmp_path):
+def test_names_in_a_file_are_checked(tmp_path):
     file = tmp_path / "robot.json"
     crossed = dataclasses.replace(generic(delta=["a"]), state=(StateKey("state", ("b", "a")),))
     file.write_text(json.dumps(crossed.to_dict()))
@@ -518,19 +518,19 @@ def test_names_of_file_are_checked(tmp_path):
         get_embodiment(file)
 
 
-def test_delta_named_unlike_state_and_absolute_action_at_other_index_are_taken():
+def test_other_delta_names_and_absolute_actions_are_accepted():
     assert generic(actions=["b", "a"]).action_mask == (False, False)
     assert generic(actions=["delta_b", "a"], delta=["delta_b"]).action_mask == (True, False)
 
 
-def test_unknown_names(tmp_path):
+def test_unknown_embodiment_names_are_errors(tmp_path):
     with pytest.raises(KeyError, match="Unknown embodiment 'alhoa'; known are aloha, droid, libero, metaworld"):
         get_embodiment("alhoa")
     with pytest.raises(FileNotFoundError, match=r"robot\.json"):
         get_embodiment(tmp_path / "robot.json")
 
 
-def test_nested_observation_goes_through_a_file(tmp_path):
+def test_nested_observation_survives_an_npz_file(tmp_path):
     robot = get_embodiment("so101")
     observation, file = robot.example_observation(), tmp_path / "observation.npz"
     np.savez(file, **flatten(observation))

@@ -1,4 +1,4 @@
-"""Resizing, and the check of an image against what the embodiment states."""
+"""Image resizing, and conversion of camera images to uint8 [h, w, 3]."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def gray(h: int, w: int, value: int = 200) -> np.ndarray:
     return np.full((h, w, 3), value, np.uint8)
 
 
-def test_same_size_is_returned_as_it_is():
+def test_image_of_target_size_is_returned_unchanged():
     image = gray(20, 30)
     assert resize_with_pad(image, 20, 30) is image
 
@@ -23,7 +23,7 @@ def test_resize_fills_one_axis_and_centres_the_other(h, w, height, width):
     out = resize_with_pad(gray(h, w), height, width)
     assert out.shape == (height, width, 3)
     rows, columns = (np.flatnonzero(out.any(axis=(axis, 2))) for axis in (1, 0))
-    # Within one pixel: 18 / (18 / 31) is 30.999… in floating point, and is cut to 30 as in the original.
+    # Within one pixel: 18 / (18 / 31) is 30.999… in floating point, and is truncated to 30 as in openpi.
     assert min(height - len(rows), width - len(columns)) <= 1
     for filled, size in ((rows, height), (columns, width)):
         before, behind = filled[0], size - 1 - filled[-1]
@@ -41,18 +41,18 @@ def test_resize_fills_one_axis_and_centres_the_other(h, w, height, width):
         3,
     ],
 )
-def test_resize_refuses_what_is_no_image(image):
+def test_resize_of_non_image_is_an_error(image):
     with pytest.raises(ValueError, match="Cannot resize"):
         resize_with_pad(image, 8, 8)
 
 
-def test_layouts_and_dtypes_give_the_same_image():
+def test_layouts_and_dtypes_convert_to_the_same_image():
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     floats = (image / np.float64(255)).clip(0, 1)
     chw = np.moveaxis(image, -1, 0)
     np.testing.assert_array_equal(to_uint8_hwc(image, layout="hwc", dtype="uint8", camera="c"), image)
     np.testing.assert_array_equal(to_uint8_hwc(chw, layout="chw", dtype="any", camera="c"), image)
-    # 255 · x is cut, not rounded: at most one level is lost.
+    # 255 · x is truncated, not rounded: at most one level is lost.
     difference = image - to_uint8_hwc(floats, layout="hwc", dtype="any", camera="c").astype(int)
     assert set(np.unique(difference)) <= {0, 1}
 
@@ -81,12 +81,12 @@ UINT8, FLOAT = np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8, 3), np.float32)
         (None, "hwc", "any", "NoneType"),
     ],
 )
-def test_refused_images(image, layout, dtype, message):
+def test_invalid_images_are_errors(image, layout, dtype, message):
     with pytest.raises(ValueError, match=message) as error:
         to_uint8_hwc(image, layout=layout, dtype=dtype, camera="wrist")
     assert "Camera 'wrist'" in str(error.value)
 
 
-def test_unknown_layout():
+def test_unknown_layout_is_an_error():
     with pytest.raises(ValueError, match=r"'bgr'.*hwc"):
         to_uint8_hwc(UINT8, layout="bgr", dtype="uint8", camera="c")

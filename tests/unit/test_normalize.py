@@ -1,4 +1,4 @@
-"""Normalization and its statistics: inverse, files, refused input."""
+"""Normalization and its statistics: inverse, files, and errors."""
 
 import json
 
@@ -34,7 +34,7 @@ def some_stats(d: int) -> NormStats:
 @given(
     x=hnp.arrays(st.sampled_from([np.float32, np.float64]), st.tuples(st.just(3), st.integers(1, 6)), elements=numbers)
 )
-def test_unnormalize_is_the_inverse(rule, x):
+def test_unnormalize_inverts_normalize(rule, x):
     stats = some_stats(6)  # as long as x or longer
     np.testing.assert_allclose(unnormalize(normalize(x, stats, rule), stats, rule), x, rtol=0, atol=1e-10)
 
@@ -47,7 +47,7 @@ def test_normalized_values_follow_the_definition():
     np.testing.assert_allclose(normalize(stats.q99, stats, quantile), 1, atol=1e-4)
 
 
-def test_padding_behind_the_statistics_in_the_inverse():
+def test_unnormalize_handles_padding_beyond_the_statistics():
     x = np.linspace(-1, 1, 5)
     np.testing.assert_array_equal(unnormalize(x, some_stats(3), Normalization("quantile"))[3:], x[3:])
     np.testing.assert_allclose(unnormalize(x, some_stats(3), Normalization("z_score"))[3:], x[3:] * (1 + 1e-6))
@@ -61,25 +61,25 @@ def test_arguments_are_not_changed():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_statistics_shorter_than_the_data(rule):
+def test_statistics_shorter_than_the_data_are_an_error(rule):
     with pytest.raises(ValueError, match=r"Cannot normalize state: it has 4 dimensions.*only 3.*norm_stats="):
         normalize(np.zeros(4), some_stats(3), rule, what="state")
 
 
 @pytest.mark.parametrize("function", [normalize, unnormalize])
-def test_quantiles_that_are_not_there(function):
+def test_missing_quantiles_are_an_error(function):
     stats = NormStats(np.zeros(2), np.ones(2))
     with pytest.raises(ValueError, match=r"actions by quantiles.*no q01 and q99.*z_score"):
         function(np.zeros(2), stats, Normalization("quantile"), what="actions")
 
 
-def test_training_range_is_that_of_the_quantiles_or_of_the_deviations():
+def test_training_range_comes_from_quantiles_or_deviations():
     mean, std = np.array([1.0, 2.0]), np.array([0.5, 0.1])
     q01, q99 = np.array([0.0, 2.0]), np.array([3.0, 2.0])
     by_deviation = np.array([mean - 2.326 * std, mean + 2.326 * std])
     np.testing.assert_allclose(NormStats(mean, std).training_range("z_score"), by_deviation)
     np.testing.assert_allclose(NormStats(mean, std, q01, q99).training_range("quantile"), [q01, q99])
-    # A z-score divides by the deviation, to which q01 = q99 does nothing.
+    # A z-score divides by the deviation, so q01 = q99 does not matter.
     both = [[0, by_deviation[0, 1]], [3, by_deviation[1, 1]]]
     np.testing.assert_allclose(NormStats(mean, std, q01, q99).training_range("z_score"), both)
     assert np.isinf(NormStats(mean, std).training_range("identity")).all()
@@ -91,7 +91,7 @@ def test_constant_dims():
     assert constant_dims(stats, "quantile") == [2]
 
 
-def test_unknown_rules():
+def test_unknown_rules_are_errors():
     with pytest.raises(ValueError, match=r"'min_max'.*z_score, quantile"):
         Normalization("min_max")
     with pytest.raises(ValueError, match=r"'none'.*openpi"):
@@ -116,7 +116,7 @@ TWO, THREE = np.ones(2), np.ones(3)
         ({"mean": np.array(["a", "b"]), "std": TWO}, "mean is not a list of numbers"),
     ],
 )
-def test_refused_statistics(values, message):
+def test_invalid_statistics_are_errors(values, message):
     with pytest.raises(ValueError, match=message):
         NormStats(**values)
 
@@ -126,7 +126,7 @@ def test_refused_statistics(values, message):
 
 @settings(deadline=None)
 @given(values=hnp.arrays(np.float64, 4, elements=st.floats(-MAX_STATISTIC, MAX_STATISTIC)))
-def test_a_saved_file_has_the_same_bits(values, tmp_path_factory):
+def test_saved_statistics_are_read_back_bit_for_bit(values, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "norm_stats.json"
     save_norm_stats(
         path, {"state": NormStats(values, np.abs(values)), "actions": NormStats(values, np.abs(values), values, values)}
@@ -137,7 +137,7 @@ def test_a_saved_file_has_the_same_bits(values, tmp_path_factory):
         assert array.tobytes() == values.tobytes()
 
 
-def test_a_folder_stands_for_its_file(tmp_path):
+def test_norm_stats_path_may_be_a_folder(tmp_path):
     save_norm_stats(tmp_path, {"state": some_stats(2)})
     assert (tmp_path / "norm_stats.json").is_file()
     assert load_norm_stats(str(tmp_path))["state"].dim == 2
@@ -159,7 +159,7 @@ def test_a_folder_stands_for_its_file(tmp_path):
         ('{"norm_stats": {"state": {"mean": [[0]], "std": [1]}}}', r"mean has shape \[1, 1\]"),
     ],
 )
-def test_refused_files(content, message, tmp_path):
+def test_invalid_norm_stats_files_are_errors(content, message, tmp_path):
     file = tmp_path / "norm_stats.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -167,12 +167,12 @@ def test_refused_files(content, message, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_missing_file(tmp_path):
+def test_missing_norm_stats_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"norm_stats\.json"):
         load_norm_stats(tmp_path)
 
 
-def test_null_quantiles_are_none(tmp_path):
+def test_null_quantiles_are_read_as_none(tmp_path):
     file = tmp_path / "s.json"
     file.write_text(json.dumps({"norm_stats": {"state": {"mean": [0], "std": [1], "q01": None, "q99": None}}}))
     assert load_norm_stats(file)["state"].q99 is None

@@ -25,7 +25,7 @@ def data(**changes):
     return fields | changes
 
 
-def test_uint8_becomes_float32_between_minus_one_and_one():
+def test_uint8_images_are_scaled_to_minus_one_to_one():
     levels = torch.arange(256, dtype=torch.uint8)[None, :, None, None].expand(1, 256, 1, 3).repeat(B, 1, 1, 1)
     image = Observation.from_dict(data(image={"base": levels}, image_mask={})).images["base"]
     assert image.dtype is torch.float32
@@ -34,12 +34,12 @@ def test_uint8_becomes_float32_between_minus_one_and_one():
     assert (image.min(), image.max()) == (-1, 1)
 
 
-def test_float32_images_pass_as_they_are():
+def test_float32_images_are_not_changed():
     image = torch.rand(B, 4, 6, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(Observation.from_dict(data(image={"base": image}, image_mask={})).images["base"], image)
 
 
-def test_the_argument_is_not_changed():
+def test_from_dict_does_not_change_its_argument():
     given = data()
     before = {camera: image.clone() for camera, image in given["image"].items()}
     kept = {key: given[key] for key in given}
@@ -61,7 +61,7 @@ def test_cameras_keep_their_order_and_masks_follow_it():
 
 
 @pytest.mark.parametrize("masks", [{"wrist": torch.tensor([False, True])}, None])
-def test_a_camera_without_a_mask_is_present_in_every_sample(masks):
+def test_camera_without_mask_is_present_in_every_sample(masks):
     given = data(image_mask=masks)
     if masks is None:
         del given["image_mask"]
@@ -71,7 +71,7 @@ def test_a_camera_without_a_mask_is_present_in_every_sample(masks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_state_becomes_float32(dtype):
+def test_state_becomes_float32(dtype):
     state = data()["state"].to(dtype)
     observation = Observation.from_dict(data(state=state))
     assert observation.state.dtype is torch.float32
@@ -99,7 +99,7 @@ def test_to_moves_every_tensor():
 
 
 @pytest.mark.parametrize("key", ["image", "state", "tokenized_prompt", "tokenized_prompt_mask"])
-def test_a_missing_key_is_a_key_error_that_names_it_and_what_is_there(key):
+def test_missing_key_error_lists_the_present_keys(key):
     given = data()
     del given[key]
     with pytest.raises(KeyError, match=rf"no '{key}'; it has .*image_mask"):
@@ -141,7 +141,7 @@ def test_a_missing_key_is_a_key_error_that_names_it_and_what_is_there(key):
         ({"image_mask": {"base": True}}, "image_mask['base'] must be a torch tensor, got bool"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_an_error_that_says_what_was_found(changes, message):
+def test_invalid_value_error_states_the_found_value(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Observation.from_dict(data(**changes))
 
@@ -163,17 +163,17 @@ def test_a_wrong_value_is_an_error_that_says_what_was_found(changes, message):
         (torch.full((B, 4, 6, 3), 255.0), "has values from 255 to 255; expected float32 in [-1, 1]. Pass pixels"),
     ],
 )
-def test_a_wrong_image_is_an_error_that_names_the_camera(image, message):
+def test_invalid_image_error_names_the_camera(image, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Observation.from_dict(data(image={"base": image}, image_mask={}))
 
 
-def test_cameras_of_unequal_size_are_an_error_that_lists_them():
+def test_unequal_image_sizes_error_lists_the_cameras():
     images = {"base": torch.zeros(B, 4, 6, 3), "wrist": torch.zeros(B, 4, 8, 3)}
     with pytest.raises(ValueError, match=r"the same size, got \{'base': \[4, 6\], 'wrist': \[4, 8\]\}"):
         Observation.from_dict(data(image=images))
 
 
-def test_a_mask_of_an_unknown_camera_is_a_key_error_that_names_it():
+def test_mask_of_unknown_camera_is_an_error():
     with pytest.raises(KeyError, match=r"cameras without an image: \['top'\]"):
         Observation.from_dict(data(image_mask={"top": torch.ones(B, dtype=torch.bool)}))

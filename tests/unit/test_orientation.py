@@ -1,4 +1,4 @@
-"""Images and videos that say how they are to be turned are read as every viewer shows them."""
+"""Orientation tags of images and videos are applied when they are read."""
 
 import io
 
@@ -15,7 +15,7 @@ PICTURE = some_picture()
 
 
 def shown(image, orientation):
-    """The image as TIFF 6.0 (tag 274) says that its first row and column are to be shown."""
+    """Apply the orientation of TIFF 6.0, tag 274; comments: display position of the first row and column."""
     return {
         1: image,  # top, left
         2: image[:, ::-1],  # top, right
@@ -44,7 +44,7 @@ def test_orientation_of_images_is_applied(kind):
         found = image_pixels(io.BytesIO(with_orientation(PICTURE, kind, orientation, quality=95)))
         expected = shown(PICTURE, orientation)
         assert found.shape == expected.shape
-        assert np.abs(found.astype(int) - expected).mean() < 4  # a wrong turn differs by 30 and more
+        assert np.abs(found.astype(int) - expected).mean() < 4  # a wrong rotation differs by 30 or more
 
 
 def test_orientation_of_depth_is_applied(tmp_path):
@@ -59,7 +59,7 @@ def test_orientation_of_a_request_is_applied():
     assert np.abs(found.astype(int) - shown(PICTURE, 8)).mean() < 4
 
 
-def test_damaged_orientation_leaves_an_image_as_it_is(tmp_path):
+def test_damaged_orientation_tag_is_ignored(tmp_path):
     exif = b"Exif\0\0" + b"\xff" * 40
     assert Image.open(io.BytesIO(encoded(PICTURE, "JPEG", exif=exif))).mode == "RGB"
     found = read(write_set(tmp_path / "set", images=[encoded(PICTURE, "JPEG", exif=exif, quality=95)] * 2))
@@ -86,7 +86,7 @@ def test_transformation_of_videos_is_applied(matrix, orientation, tmp_path):
     assert np.abs(found.astype(int) - expected).mean() < 4
 
 
-def test_video_that_is_turned_by_another_angle_is_an_error(tmp_path):
+def test_video_rotated_by_unsupported_angle_is_an_error(tmp_path):
     path = write_set(tmp_path / "set", video=turned_video(PICTURE, ((0.71, 0.71), (-0.71, 0.71))))
     with pytest.raises(
         ValueError, match=r"transformation \[\[0\.71, 0\.71\], .* expected rotations by multiples of 90 degrees"

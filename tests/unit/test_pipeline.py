@@ -1,4 +1,4 @@
-"""The way of one sample to the model's inputs and back."""
+"""`Transforms`: one sample to the model's inputs and back."""
 
 import pickle
 import subprocess
@@ -45,13 +45,13 @@ def sample(**changes) -> dict:
     return fields | changes
 
 
-def test_shapes_dtypes_and_order():
+def test_forward_returns_expected_shapes_dtypes_and_order():
     out = transforms().forward(sample(actions=np.zeros((4, 3), np.float32)))
     assert list(out["image"]) == list(out["image_mask"]) == ["right", "left"]
     assert all(image.shape == (28, 28, 3) and image.dtype == np.uint8 for image in out["image"].values())
     assert all(isinstance(mask, np.bool_) for mask in out["image_mask"].values())
     assert out["image"]["right"].any()
-    assert not out["image"]["left"].any()  # it is absent
+    assert not out["image"]["left"].any()  # absent
     described = {key: (out[key].shape, str(out[key].dtype)) for key in out if not key.startswith("image")}
     assert described == {
         "state": ((5,), "float64"),
@@ -61,7 +61,7 @@ def test_shapes_dtypes_and_order():
     }
 
 
-def test_the_text_has_the_normalized_unpadded_state():
+def test_prompt_contains_the_normalized_unpadded_state():
     out = transforms().forward(sample())
     text = pi05_prompt_text("lift it", out["state"][:3])
     assert out["tokenized_prompt"][out["tokenized_prompt_mask"]].tolist() == TOKENIZER.encode(text, True)
@@ -70,7 +70,7 @@ def test_the_text_has_the_normalized_unpadded_state():
 @pytest.mark.parametrize("kind", ["quantile", "z_score"])
 @settings(deadline=None)
 @given(actions=hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 3)), elements=st.floats(-50, 50)))
-def test_inverse_of_forward(kind, actions):
+def test_inverse_inverts_forward(kind, actions):
     both = transforms(normalization={"state": Normalization(kind), "actions": Normalization(kind)})
     chunk = both.forward(sample(actions=actions))["actions"]
     assert chunk.shape[1] == 5
@@ -78,13 +78,13 @@ def test_inverse_of_forward(kind, actions):
     np.testing.assert_allclose(both.inverse(chunk, action_size=actions.shape[1]), actions, rtol=0, atol=1e-12)
 
 
-def test_the_models_float32_chunk_is_unnormalized_in_float64():
+def test_float32_chunk_is_unnormalized_in_float64():
     chunk = transforms().inverse(np.zeros((2, 5), np.float32), action_size=3)
     assert chunk.dtype == np.float64
     np.testing.assert_allclose(chunk, [stats().q01 + 1.5 + 5e-7] * 2)
 
 
-def test_the_sample_is_not_changed():
+def test_forward_does_not_change_the_sample():
     given_sample = sample(actions=np.zeros((4, 3)))
     before = pickle.dumps(given_sample)
     transforms().forward(given_sample)
@@ -103,19 +103,19 @@ def test_the_sample_is_not_changed():
         ({"prompt": 3}, "prompt is a int"),
     ],
 )
-def test_refused_samples(changes, message):
+def test_invalid_samples_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         transforms().forward(sample(**changes))
 
 
-def test_refused_chunks():
+def test_invalid_chunks_are_errors():
     with pytest.raises(ValueError, match="the model's action chunk, dimension 4"):
         transforms().inverse(np.array([[0, 0, 0, 0, np.nan]]), action_size=3)
     with pytest.raises(ValueError, match="5 dimensions to 6"):
         transforms().inverse(np.zeros((1, 5)), action_size=6)
 
 
-def test_refused_policies():
+def test_invalid_transforms_are_errors():
     with pytest.raises(KeyError, match=r"no statistics for actions; found \['state'\]"):
         transforms(norm_stats={"state": stats()})
     with pytest.raises(KeyError, match="no rule for state and actions"):
@@ -126,8 +126,8 @@ def test_refused_policies():
         transforms(truncation="end")
 
 
-def test_a_constant_dimension_warns_once_and_follows_the_formula():
-    constant = NormStats(np.zeros(5), np.array([1.0, 0, 1, 0, 0]))  # the last two are padding and not worth a word
+def test_constant_dimension_warns_once_and_follows_the_formula():
+    constant = NormStats(np.zeros(5), np.array([1.0, 0, 1, 0, 0]))  # the last two are padding, without a warning
     policy = transforms(
         norm_stats={"state": constant, "actions": constant},
         normalization={"state": Normalization("z_score"), "actions": Normalization("z_score")},
@@ -143,7 +143,7 @@ def test_a_constant_dimension_warns_once_and_follows_the_formula():
     np.testing.assert_allclose(chunks[0], [[1 + 1e-6, 1e-6, 1 + 1e-6]])
 
 
-def test_each_long_prompt_warns_once_and_counts_its_missing_tokens():
+def test_long_prompt_warns_once_and_counts_cut_tokens():
     policy = transforms()
     prompts = ["put the bowl in it " * 9, "open it " * 40]
     with pytest.warns(UserWarning, match="max_token_len is 60") as caught:
@@ -166,20 +166,20 @@ def test_number_of_warnings_is_bounded(monkeypatch):
     assert len(said) == 1000
 
 
-def test_original_truncation():
+def test_original_truncation_cuts_the_end():
     with pytest.warns(UserWarning, match="cut"):
         out = transforms(truncation="original").forward(sample(prompt="put the bowl in the sink " * 9))
     assert out["tokenized_prompt_mask"].all()
 
 
-def test_goes_to_worker_processes():
+def test_transforms_can_be_pickled_to_worker_processes():
     copy = pickle.loads(pickle.dumps(transforms()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert copy.forward(sample())["state"].shape == (5,)
 
 
-def test_no_torch():
-    """Transforms and robots work in processes that have no torch."""
+def test_transforms_do_not_import_torch():
+    """Transforms and robots can be used without torch."""
     code = "import sys; sys.modules['torch'] = None; import torchpi.transforms, torchpi.robots"
     subprocess.run([sys.executable, "-c", code], check=True)

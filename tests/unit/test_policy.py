@@ -1,4 +1,4 @@
-"""A policy: requests in, actions out, what changes the result and what does not, and what a user gets wrong."""
+"""`Policy` and `load_policy`: inference, batches, prompts, cameras, arguments, and their errors."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from torchpi.robots.presets import ROBOT_FILES
 from torchpi.transforms import Normalization, NormStats, save_norm_stats
 
 HORIZON, ACTION_DIM = 4, 16
-# Those of openpi's clients and of the simulators; test_robots.py has the others.
+# The robots of openpi's clients and of the simulators; test_robots.py tests the others.
 ROBOTS = [name for name in EMBODIMENTS if name in ("aloha", "droid", "libero") or name not in ROBOT_FILES]
 QUANTILE = {key: Normalization("quantile") for key in ("state", "actions")}
 TWO_JOINTS = Embodiment.generic(
@@ -48,7 +48,7 @@ def small_config(pi05=True, **fields):
 
 
 def random_model(config):
-    """Every weight random, also those that training begins with at 0."""
+    """Draw every weight at random, including those that are initialized with 0."""
     model, generator = torchpi.Pi0(config), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def noise(seed=0, batch=()):
 
 
 def request(policy, seed=0, **changes):
-    """An example with other contents."""
+    """Build a valid request with random contents."""
     rng = np.random.default_rng(seed)
 
     def varied(value):
@@ -106,7 +106,7 @@ def infer(policy, observation, **arguments):
 
 @pytest.mark.parametrize("pi05", [True, False])
 @pytest.mark.parametrize("embodiment", ROBOTS)
-def test_the_example_is_a_valid_request_of_every_robot(make_policy, embodiment, pi05):
+def test_example_observation_is_valid_for_every_robot(make_policy, embodiment, pi05):
     policy = make_policy(small_config(pi05), embodiment)
     actions = infer(policy, policy.example_observation(), num_steps=1)
     assert actions.shape == (HORIZON, policy.embodiment.action_size)
@@ -115,7 +115,7 @@ def test_the_example_is_a_valid_request_of_every_robot(make_policy, embodiment, 
 
 
 @pytest.mark.parametrize("embodiment", ROBOTS)
-def test_metadata_is_json_and_says_how_to_drive_the_robot(make_policy, embodiment):
+def test_metadata_is_json_and_describes_a_valid_request(make_policy, embodiment):
     policy = make_policy(embodiment=embodiment, metadata={"checkpoint": "a test"})
     metadata = json.loads(json.dumps(policy.metadata, allow_nan=False))
     assert metadata == policy.metadata
@@ -126,7 +126,7 @@ def test_metadata_is_json_and_says_how_to_drive_the_robot(make_policy, embodimen
         policy.embodiment.execute_steps,
     )
     assert metadata["checkpoint"] == "a test"
-    # What it takes can be made from what it says.
+    # A request can be built from the metadata.
     cameras = {
         camera["key"]: np.zeros((8, 10, 3) if camera["layout"] == "hwc" else (3, 8, 10), np.uint8)
         for camera in metadata["observation"]["cameras"]
@@ -138,8 +138,8 @@ def test_metadata_is_json_and_says_how_to_drive_the_robot(make_policy, embodimen
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_a_batch_equals_its_requests_one_by_one(make_policy, pi05):
-    """Also where prompts are of unequal length and cameras absent, padded or not."""
+def test_batch_equals_single_requests(make_policy, pi05):
+    """Holds for prompts of unequal length and absent cameras, with and without padding."""
     for max_token_len in (200, None):
         policy = make_policy(small_config(pi05, max_token_len=max_token_len), "aloha")
         observations = [request(policy, seed, prompt="pick up the cube " * (seed + 1)) for seed in range(3)]
@@ -152,7 +152,7 @@ def test_a_batch_equals_its_requests_one_by_one(make_policy, pi05):
         assert not np.allclose(alone[0], alone[1], atol=1e-2)
 
 
-def test_a_request_is_not_changed(make_policy):
+def test_infer_does_not_change_the_request(make_policy):
     policy = make_policy(embodiment="aloha")
     observation = request(policy)
     before = json.dumps(observation, default=lambda array: [str(array.dtype), array.tolist()])
@@ -160,14 +160,14 @@ def test_a_request_is_not_changed(make_policy):
     assert json.dumps(observation, default=lambda array: [str(array.dtype), array.tolist()]) == before
 
 
-def test_timing_names_the_three_stages(make_policy):
+def test_policy_timing_has_three_stages(make_policy):
     policy = make_policy()
     timing = policy.infer(policy.example_observation(), num_steps=1)["policy_timing"]
     assert sorted(timing) == ["infer_ms", "postprocess_ms", "preprocess_ms"]
     assert all(isinstance(value, float) and value >= 0 for value in timing.values())
 
 
-def test_the_generator_decides_the_noise(make_policy):
+def test_noise_is_drawn_from_the_generator(make_policy):
     policy = make_policy()
     observation = request(policy)
 
@@ -178,7 +178,7 @@ def test_the_generator_decides_the_noise(make_policy):
     assert not np.array_equal(drawn(1), drawn(2))
 
 
-def test_a_request_without_prompt_takes_the_default_prompt(make_policy):
+def test_request_without_prompt_uses_default_prompt(make_policy):
     policy = make_policy(default_prompt="wave at me")
     without = request(policy)
     del without["prompt"]
@@ -187,7 +187,7 @@ def test_a_request_without_prompt_takes_the_default_prompt(make_policy):
     assert not np.array_equal(infer(policy, without | {"prompt": "fold the shirt"}), expected)
 
 
-def test_the_policys_default_prompt_goes_before_the_robots(make_policy):
+def test_default_prompt_of_policy_overrides_the_embodiments(make_policy):
     assert make_policy(embodiment="pi0_aloha_towel").default_prompt == "fold the towel"
     policy = make_policy(embodiment="pi0_aloha_towel", default_prompt="wave at me")
     assert policy.default_prompt == policy.metadata["default_prompt"] == "wave at me"
@@ -202,7 +202,7 @@ def test_the_policys_default_prompt_goes_before_the_robots(make_policy):
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_the_pixels_of_a_masked_camera_change_nothing(make_policy, pi05):
+def test_pixels_of_masked_camera_are_ignored(make_policy, pi05):
     policy = make_policy(small_config(pi05), "libero")  # its third camera is always masked
     _, sample = policy.prepare(request(policy))
     assert [bool(mask) for mask in sample["image_mask"].values()] == [True, True, False]
@@ -219,7 +219,7 @@ def test_the_pixels_of_a_masked_camera_change_nothing(make_policy, pi05):
     assert (seen - chunks[0]).abs().max() > 1e-3
 
 
-def test_an_absent_optional_camera_equals_one_that_the_robot_does_not_have(make_policy):
+def test_absent_optional_camera_equals_masked_camera(make_policy):
     aloha = get_embodiment("aloha")
     cameras = tuple(
         Camera("left_wrist_0_rgb", None, "masked") if camera.name == "left_wrist_0_rgb" else camera
@@ -235,7 +235,7 @@ def test_an_absent_optional_camera_equals_one_that_the_robot_does_not_have(make_
     assert np.abs(absent - present).max() > 1e-3
 
 
-def test_cameras_enter_in_the_robots_order_not_the_requests(make_policy):
+def test_cameras_follow_the_embodiments_order(make_policy):
     policy = make_policy()
     observation = request(policy)
     turned = dict(reversed(observation.items()))
@@ -243,14 +243,14 @@ def test_cameras_enter_in_the_robots_order_not_the_requests(make_policy):
 
 
 @pytest.mark.parametrize("discrete", [True, False])
-def test_the_state_reaches_pi05_only_through_the_prompt(make_policy, discrete):
+def test_pi05_reads_state_only_from_the_prompt(make_policy, discrete):
     policy = make_policy(small_config(discrete_state_input=discrete), "libero")
     observation = request(policy)
     moved = observation | {"observation/state": np.full(8, 0.3)}
     assert np.array_equal(infer(policy, observation), infer(policy, moved)) is not discrete
 
 
-def test_the_state_reaches_pi0_without_being_in_the_prompt(make_policy):
+def test_pi0_reads_state_outside_the_prompt(make_policy):
     policy = make_policy(small_config(pi05=False), "libero")
     observation = request(policy)
     moved = observation | {"observation/state": np.full(8, 0.3)}
@@ -259,7 +259,7 @@ def test_the_state_reaches_pi0_without_being_in_the_prompt(make_policy):
     np.testing.assert_array_equal(*prompts)
 
 
-# What a user gets wrong in a request
+# Invalid requests
 
 
 @pytest.mark.parametrize(
@@ -280,18 +280,18 @@ def test_the_state_reaches_pi0_without_being_in_the_prompt(make_policy):
         ({"prompt": 3}, ValueError, "The prompt is a int; expected a str"),
     ],
 )
-def test_a_wrong_request_is_an_error_that_names_what_is_wrong(make_policy, changes, error, message):
+def test_invalid_request_error_names_the_field(make_policy, changes, error, message):
     policy = make_policy()
     with pytest.raises(error, match=rf"(?s){message}"):
         infer(policy, request(policy, **changes))
 
 
-def test_a_batch_without_requests_is_an_error(make_policy):
+def test_empty_batch_is_an_error(make_policy):
     with pytest.raises(ValueError, match="infer_batch got no observations"):
         make_policy().infer_batch([])
 
 
-def test_a_state_that_is_longer_than_the_statistics_is_an_error(make_policy):
+def test_state_longer_than_statistics_is_an_error(make_policy):
     policy = make_policy(
         small_config(pi05=False, action_dim=7), "libero", norm_stats={"state": stats(7), "actions": stats(7)}
     )
@@ -314,19 +314,19 @@ def test_a_state_that_is_longer_than_the_statistics_is_an_error(make_policy):
         (np.full((HORIZON, ACTION_DIM), np.inf), "The noise contains NaN or infinity"),
     ],
 )
-def test_wrong_noise_is_an_error_that_says_what_was_expected(make_policy, wrong, message):
+def test_invalid_noise_error_states_the_expected_shape(make_policy, wrong, message):
     policy = make_policy()
     with pytest.raises(ValueError, match=message):
         infer(policy, policy.example_observation(), noise=wrong)
 
 
-def test_noise_of_another_batch_size_is_an_error(make_policy):
+def test_noise_of_wrong_batch_size_is_an_error(make_policy):
     policy = make_policy()
     with pytest.raises(ValueError, match=r"Noise must be \[2, 4, 16\], got float32 \[3, 4, 16\]"):
         policy.infer_batch([policy.example_observation()] * 2, noise=noise(batch=(3,)))
 
 
-def test_float64_noise_is_taken_as_float32(make_policy):
+def test_float64_noise_is_cast_to_float32(make_policy):
     policy = make_policy()
     observation = policy.example_observation()
     ours = infer(policy, observation, noise=noise().astype(np.float64))
@@ -334,13 +334,13 @@ def test_float64_noise_is_taken_as_float32(make_policy):
 
 
 @pytest.mark.parametrize("num_steps", [0, -1])
-def test_a_number_of_steps_below_one_is_an_error(make_policy, num_steps):
+def test_num_steps_below_one_is_an_error(make_policy, num_steps):
     policy = make_policy()
     with pytest.raises(ValueError, match=f"num_steps must be a positive integer, got {num_steps}"):
         infer(policy, policy.example_observation(), num_steps=num_steps)
 
 
-def test_an_unset_horizon_comes_from_the_noise_and_is_an_error_without(make_policy):
+def test_unset_horizon_comes_from_the_noise_or_is_an_error(make_policy):
     policy = make_policy(small_config(action_horizon=None, max_token_len=None, discrete_state_input=None))
     observation = policy.example_observation()
     for horizon in (2, 7):
@@ -353,16 +353,16 @@ def test_an_unset_horizon_comes_from_the_noise_and_is_an_error_without(make_poli
             infer(policy, observation, noise=wrong)
 
 
-# Parts that do not fit together
+# Incompatible parts
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_a_state_that_is_wider_than_the_model_is_an_error(make_policy, pi05):
+def test_state_wider_than_action_dim_is_an_error(make_policy, pi05):
     with pytest.raises(ValueError, match=r"'droid' has a state of 8 dimensions, but.*the model's action_dim is 7"):
         make_policy(small_config(pi05, action_dim=7), "droid")
 
 
-def test_more_actions_than_the_model_has_is_an_error(make_policy):
+def test_more_actions_than_action_dim_is_an_error(make_policy):
     robot = Embodiment.generic("hand", cameras={"base_0_rgb": "top"}, state=["x"], actions=[f"j{i}" for i in range(17)])
     with pytest.raises(ValueError, match=r"'hand' has 17 action dimensions, the model only 16"):
         make_policy(embodiment=robot)
@@ -390,18 +390,18 @@ def test_more_actions_than_the_model_has_is_an_error(make_policy):
         ),
     ],
 )
-def test_statistics_that_do_not_fit_are_an_error(make_policy, norm_stats, error, message):
+def test_statistics_of_wrong_size_are_an_error(make_policy, norm_stats, error, message):
     with pytest.raises(error, match=message):
         make_policy(norm_stats=norm_stats)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding_is_an_error(make_policy):
+def test_tokenizer_larger_than_the_embedding_is_an_error(make_policy):
     with pytest.raises(ValueError, match=r"tiny_spm\.model has \d+ tokens, the model's embedding only 100"):
         make_policy(small_config(vocab_size=100))
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
-def test_a_missing_tokenizer_file_is_an_error_that_names_it(make_policy, tmp_path, is_folder):
+def test_missing_tokenizer_error_names_the_path(make_policy, tmp_path, is_folder):
     path = tmp_path if is_folder else tmp_path / "tokenizer.model"
     with pytest.raises(FileNotFoundError, match=str(path)):
         make_policy(tokenizer=path)
@@ -412,7 +412,7 @@ def test_a_missing_tokenizer_file_is_an_error_that_names_it(make_policy, tmp_pat
 
 @pytest.fixture
 def checkpoint(golden_root, tmp_path):
-    """A copy of golden's π₀ checkpoint with statistics that fit LIBERO, and no others."""
+    """Copy of the golden π₀ checkpoint without statistics."""
     root = shutil.copytree(golden_root / "pi0" / "jax_ckpt_pure", tmp_path / "checkpoint")
     shutil.rmtree(root / "assets")
     return root
@@ -429,14 +429,14 @@ def load(checkpoint, tokenizer, **arguments):
     return torchpi.load_policy(checkpoint, **({"embodiment": "libero", "tokenizer": tokenizer} | arguments))
 
 
-def test_the_only_statistics_are_taken(checkpoint, tokenizer):
+def test_only_statistics_are_used(checkpoint, tokenizer):
     add_stats(checkpoint, "tiny_robot", 0.5)
     policy = load(checkpoint, tokenizer)
     assert policy.transforms.norm_stats["state"].mean[0] == 0.5
     assert policy.provenance == {"source": str(checkpoint)}
 
 
-def test_several_statistics_are_chosen_by_asset_id_or_robot(checkpoint, tokenizer):
+def test_statistics_are_selected_by_asset_id_or_embodiment(checkpoint, tokenizer):
     add_stats(checkpoint, "droid", 0.25)
     add_stats(checkpoint, "physical-intelligence/libero", 0.75)
 
@@ -445,7 +445,7 @@ def test_several_statistics_are_chosen_by_asset_id_or_robot(checkpoint, tokenize
 
     assert mean(asset_id="droid") == 0.25
     assert mean(asset_id="physical-intelligence/libero") == 0.75
-    assert mean(embodiment="pi0_libero") == 0.75  # whose asset id it is
+    assert mean(embodiment="pi0_libero") == 0.75  # its asset_id
     assert mean(embodiment="pi0_libero", asset_id="droid") == 0.25
     assert mean(norm_stats=checkpoint / "assets/droid") == 0.25
     assert mean(norm_stats=checkpoint / "assets/droid/norm_stats.json") == 0.25
@@ -457,12 +457,12 @@ def test_several_statistics_are_chosen_by_asset_id_or_robot(checkpoint, tokenize
         mean(asset_id="droid", norm_stats=checkpoint / "assets/droid")
 
 
-def test_a_checkpoint_without_statistics_is_an_error_that_names_the_argument(checkpoint, tokenizer):
+def test_missing_statistics_error_names_the_argument(checkpoint, tokenizer):
     with pytest.raises(ValueError, match=r"No normalization statistics are chosen for .*none; pass norm_stats="):
         load(checkpoint, tokenizer)
 
 
-def test_statistics_with_nan_are_an_error_that_names_file_and_key(checkpoint, tokenizer):
+def test_nan_in_statistics_error_names_file_and_key(checkpoint, tokenizer):
     add_stats(checkpoint, "tiny_robot")
     file = checkpoint / "assets/tiny_robot/norm_stats.json"
     content = json.loads(file.read_text())
@@ -483,37 +483,37 @@ def test_statistics_with_nan_are_an_error_that_names_file_and_key(checkpoint, to
         ("tiny_pi0", "; expected a folder"),
     ],
 )
-def test_path_without_a_checkpoint_is_an_error_that_says_what_is_possible(path, message, tmp_path, monkeypatch):
+def test_path_without_checkpoint_error_lists_valid_paths(path, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=re.escape(f"There is no checkpoint at {path}{message}")):
         torchpi.load_policy(path)
 
 
-def test_without_embodiment_the_error_names_the_argument_and_the_robots(checkpoint, tokenizer):
+def test_missing_embodiment_error_lists_the_embodiments(checkpoint, tokenizer):
     with pytest.raises(ValueError, match=r"does not say which robot.*embodiment=, one of aloha, droid, libero"):
         load(checkpoint, tokenizer, embodiment=None)
 
 
-def test_an_unknown_embodiment_is_a_key_error_that_lists_the_robots(checkpoint, tokenizer):
+def test_unknown_embodiment_error_lists_the_embodiments(checkpoint, tokenizer):
     with pytest.raises(KeyError, match="Unknown embodiment 'libro'; known are aloha, droid, libero"):
         load(checkpoint, tokenizer, embodiment="libro")
 
 
 @pytest.mark.usefixtures("offline")
-def test_without_tokenizer_the_published_models_one_is_fetched(checkpoint):
+def test_default_tokenizer_is_downloaded(checkpoint):
     add_stats(checkpoint, "tiny_robot")
     with pytest.raises(FileNotFoundError, match=r"(?s)big_vision/paligemma_tokenizer\.model.*by hand") as caught:
         load(checkpoint, None)
     assert "pass tokenizer= with a file of 512 tokens instead" in caught.value.__notes__[0]
 
 
-def test_a_robot_that_does_not_fit_the_model_is_an_error(checkpoint, tokenizer):
+def test_embodiment_that_does_not_fit_the_model_is_an_error(checkpoint, tokenizer):
     add_stats(checkpoint, "tiny_robot", dim=14)
     with pytest.raises(ValueError, match=r"'aloha' has a state of 14 dimensions, but.*action_dim is 7"):
         load(checkpoint, tokenizer, embodiment="aloha")
 
 
-def test_device_and_dtype_are_those_of_the_model(checkpoint, tokenizer):
+def test_device_and_dtype_are_applied_to_the_model(checkpoint, tokenizer):
     add_stats(checkpoint, "tiny_robot")
     policy = load(checkpoint, tokenizer, device="cpu", dtype=torch.bfloat16)
     assert policy.model.device == torch.device("cpu")
@@ -526,7 +526,7 @@ def test_device_and_dtype_are_those_of_the_model(checkpoint, tokenizer):
     ("device", "message"),
     [("gpu", "Unknown device 'gpu'; expected for example cpu or cuda"), ("cuda:99", "There is no device cuda:99")],
 )
-def test_a_device_that_is_not_there_is_an_error(device, message):
+def test_unavailable_device_is_an_error(device, message):
     with pytest.raises(ValueError, match=message):
         torchpi.load_policy("demo", device=device)
 
@@ -541,13 +541,13 @@ def test_config_completes_the_checkpoint(checkpoint, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("z_score", "z_score"), ("quantile", "quantile"), (None, "z_score")])
-def test_normalization_is_the_given_one_or_the_variants(checkpoint, tokenizer, kind, rule):
+def test_normalization_defaults_to_the_variants(checkpoint, tokenizer, kind, rule):
     add_stats(checkpoint, "tiny_robot")
     policy = load(checkpoint, tokenizer, normalization=kind)
     assert {entry.kind for entry in policy.transforms.normalization.values()} == {rule}
 
 
-def test_a_long_prompt_is_shortened_or_cut_as_asked(checkpoint, tokenizer, tmp_path):
+def test_truncation_shortens_or_cuts_long_prompts(checkpoint, tokenizer, tmp_path):
     add_stats(checkpoint, "tiny_robot")
     (tmp_path / "short.json").write_text('{"max_token_len": 12}')
     tokens = {}
@@ -561,12 +561,12 @@ def test_a_long_prompt_is_shortened_or_cut_as_asked(checkpoint, tokenizer, tmp_p
     assert newline[-1] not in tokens["original"]
 
 
-# What a request says beside the robot's keys
+# Arguments of infer and infer_batch
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Types as users pass them: annotations are checked in the tests only."""
+    """Disable the type checks that only run in tests, as for users."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -578,9 +578,12 @@ PREFIX = np.full((2, 2), 0.1, np.float32)
     [
         ({"delay": 1}, "infer got delay 1 and execution_horizon None without an action_prefix"),
         ({"execution_horizon": 2}, "execution_horizon 2 without an action_prefix"),
-        ({"action_prefix": PREFIX, "delay": True}, "delay is a number of actions, an integer; got True"),
-        ({"action_prefix": PREFIX, "delay": None}, "delay is a number of actions, an integer; got None"),
-        ({"action_prefix": PREFIX, "execution_horizon": 2.0}, "execution_horizon is a number of actions, an integer"),
+        ({"action_prefix": PREFIX, "delay": True}, "delay must be a whole number of actions, got True"),
+        ({"action_prefix": PREFIX, "delay": None}, "delay must be a whole number of actions, got None"),
+        (
+            {"action_prefix": PREFIX, "execution_horizon": 2.0},
+            "execution_horizon must be a whole number of actions, got 2.0",
+        ),
         ({"action_prefix": PREFIX, "delay": 2, "execution_horizon": 3}, "needs 0 ≤ delay ≤ H − execution_horizon"),
         (
             {"action_prefix": PREFIX[:1], "delay": 2, "execution_horizon": 1},
@@ -602,14 +605,14 @@ PREFIX = np.full((2, 2), 0.1, np.float32)
         ),
     ],
 )
-def test_arguments_that_make_no_sense_are_errors(make_policy, unchecked, arguments, message):
+def test_invalid_arguments_are_errors(make_policy, unchecked, arguments, message):
     policy = make_policy()
     with pytest.raises(TorchpiError, match=message):
         infer(policy, request(policy), **arguments)
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8])
-def test_numpys_integers_are_integers(make_policy, kind):
+def test_numpy_integers_are_accepted(make_policy, kind):
     policy = make_policy()
     one = request(policy)
     np.testing.assert_array_equal(infer(policy, one, num_steps=kind(3)), infer(policy, one, num_steps=3))
@@ -620,32 +623,32 @@ def test_numpys_integers_are_integers(make_policy, kind):
 
 
 @pytest.mark.parametrize("prefixes", [[], [None], [PREFIX, None], np.stack([PREFIX, PREFIX]), [None] * 3])
-def test_a_batch_takes_one_previous_chunk_per_observation(make_policy, unchecked, prefixes):
+def test_batch_needs_one_previous_chunk_per_observation(make_policy, unchecked, prefixes):
     policy = make_policy()
     with pytest.raises(TorchpiError, match=r"prefixes are \[.*\]; expected 2 items, each PreviousChunk or None"):
         policy.infer_batch([request(policy)] * 2, prefixes=prefixes)
 
 
-def test_an_unknown_method_of_continuing_is_an_error(unchecked):
+def test_unknown_rtc_method_is_an_error(unchecked):
     with pytest.raises(TorchpiError, match="method is 'guided'; expected 'trained', 'guidance' or None"):
         torchpi.types.PreviousChunk(PREFIX, delay=1, method="guided")
 
 
 @pytest.mark.parametrize("prompt", ["go \ud800", np.array("\udfff"), b"\xff go".decode(errors="surrogateescape")])
-def test_a_lone_surrogate_in_the_prompt_is_an_error(make_policy, prompt):
+def test_lone_surrogate_in_prompt_is_an_error(make_policy, prompt):
     policy = make_policy()
     with pytest.raises(TorchpiError, match=r"The prompt has the code point 0xd.*, which is not a Unicode character"):
         policy.infer_batch([request(policy), request(policy, prompt=prompt)])
 
 
-def test_a_code_point_beyond_unicode_in_the_prompt_is_an_error(make_policy):
+def test_code_point_beyond_unicode_in_prompt_is_an_error(make_policy):
     policy = make_policy()
     with pytest.raises(TorchpiError, match="0x110000, which is not a Unicode character"):
         policy.infer(request(policy, prompt=np.array([0x110000], np.uint32).view("U1").reshape(())))
 
 
 @pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is float64 here")
-def test_long_doubles_are_errors_that_name_them(make_policy):
+def test_long_double_error_names_the_field(make_policy):
     policy = make_policy()
     one = request(policy)
     with pytest.raises(TorchpiError, match="Cannot read state 'state': it is float128; expected floats of at most"):
@@ -657,13 +660,13 @@ def test_long_doubles_are_errors_that_name_them(make_policy):
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, requires_grad=True)])
-def test_tensors_that_numpy_does_not_read_are_errors_that_name_the_state(make_policy, tensor):
+def test_tensor_unreadable_by_numpy_error_names_the_state(make_policy, tensor):
     policy = make_policy()
     with pytest.raises(TorchpiError, match="Cannot read state 'state': "):
         policy.infer(request(policy, state=tensor))
 
 
-def test_an_answer_counts_the_tokens_that_its_prompt_lost(make_policy):
+def test_result_counts_cut_prompt_tokens(make_policy):
     policy = make_policy(small_config(max_token_len=60))
     observations = [request(policy, prompt=prompt) for prompt in ("open it " * 40, "go", "open it " * 40)]
     with pytest.warns(UserWarning, match="max_token_len is 60") as caught:
@@ -675,37 +678,37 @@ def test_an_answer_counts_the_tokens_that_its_prompt_lost(make_policy):
 
 
 @pytest.mark.parametrize("number", [2.5, True])
-def test_fractions_of_an_action_are_not_executed(unchecked, number):
+def test_execute_steps_must_be_whole(unchecked, number):
     with pytest.raises(TorchpiError, match=r"execute_steps is .*; expected a positive whole number"):
         dataclasses.replace(TWO_JOINTS, execute_steps=number)
 
 
-# The demo
+# The demo policy
 
 
-def test_the_demo_is_a_policy_like_any_other():
+def test_demo_policy_loads():
     policy = torchpi.load_policy("demo", device="cpu", default_prompt="open the drawer")
     without = policy.example_observation()
     del without["prompt"]
     assert policy.infer(without, num_steps=1)["actions"].shape == (16, 4)
 
 
-def test_the_demo_is_overruled_like_any_other():
+def test_arguments_override_the_demo_policy():
     policy = torchpi.load_policy("demo", device="cpu", normalization="z_score")
     assert {rule.kind for rule in policy.transforms.normalization.values()} == {"z_score"}
     with pytest.raises(ValueError, match="whose state has 4 dimensions; that of embodiment 'aloha' has 14"):
         torchpi.load_policy("demo", embodiment="aloha", device="cpu")
 
 
-def test_a_folder_of_the_demos_name_has_a_path_with_a_slash(tmp_path, monkeypatch):
+def test_folder_named_demo_needs_a_slash(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torchpi.load_policy("demo", device="cpu", default_prompt="mine").save("demo")
     assert torchpi.load_policy("./demo", device="cpu").default_prompt == "mine"
     assert torchpi.load_policy("demo", device="cpu").default_prompt is None
 
 
-def test_metadata_state_commands_and_ranges_of_actions(golden_root):
-    """For a client that keeps the robot still and within what the policy has seen."""
+def test_metadata_has_action_commands_and_ranges(golden_root):
+    """Clients use these to hold the robot still, and to stay within the training range."""
     demo = torchpi.load_policy("demo", device="cpu").metadata
     assert demo["action_commands"] == ["increment", "increment", "increment", "effort"]
     assert demo["action_range"] == {"low": [-1.0] * 4, "high": [1.0] * 4}
@@ -721,14 +724,14 @@ def test_metadata_state_commands_and_ranges_of_actions(golden_root):
 
 
 @pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_gpu_without_bfloat16_computes_in_float32_and_says_so(has_bfloat16, expected, monkeypatch, recwarn):
+def test_gpu_without_bfloat16_uses_float32_and_warns(has_bfloat16, expected, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert fastest_dtype(torch.device("cuda")) is expected
     assert ["Tesla T4 has no bfloat16" in str(warning.message) for warning in recwarn] == [True] * (not has_bfloat16)
 
 
-def test_autocast_around_a_policy_changes_nothing(make_policy):
+def test_policy_ignores_autocast(make_policy):
     policy = make_policy()
     expected = infer(policy, request(policy))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -736,13 +739,13 @@ def test_autocast_around_a_policy_changes_nothing(make_policy):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_an_unknown_engine_is_an_error_that_lists_the_known_ones(make_policy, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+def test_unknown_engine_error_lists_the_engines(make_policy, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks run only in tests
     with pytest.raises(ValueError, match=r"Unknown engine 'fast'; expected one of auto, eager, compiled, graph"):
         make_policy().use_engine("fast")
 
 
-def test_repr_is_a_line(demo_policy):
+def test_repr_is_one_line(demo_policy):
     assert repr(demo_policy) == (
         "<Policy of metaworld: π₀.₅, 3.754 M parameters, float32 on cpu, chunks of 16 actions of 4 dimensions>"
     )
@@ -760,7 +763,7 @@ def test_config_may_be_a_partial_dict(golden_root):
         torchpi.load_model(path, config={"horizon": 7})
 
 
-def test_another_robots_dimensions_need_its_statistics(tmp_path):
+def test_changed_embodiment_needs_its_own_statistics(tmp_path):
     with pytest.raises(ValueError, match=r"'metaworld', whose state has 4 .* 'two_joints' has 2.* norm_stats="):
         torchpi.load_policy("demo", embodiment=TWO_JOINTS)
     one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
@@ -778,23 +781,23 @@ def test_another_robots_dimensions_need_its_statistics(tmp_path):
         ("org/name", "hf://org/name"),
     ],
 )
-def test_an_address_at_which_nothing_is_brings_the_ones_that_may_be_meant(name, hint):
+def test_unknown_address_error_suggests_similar_ones(name, hint):
     with pytest.raises(FileNotFoundError, match=re.escape(hint)):
         torchpi.load_policy(name)
 
 
-def test_example_observation_is_inside_of_the_training_data(demo_policy, golden_root):
+def test_example_observation_lies_within_the_training_range(demo_policy, golden_root):
     statistics = demo_policy.transforms.norm_stats["state"]
     low, high = statistics.training_range()
     state = demo_policy.example_observation()["state"]
     assert (low <= state).all()
     assert (state <= high).all()
-    # In the robot's units, where a hook converts them.
+    # A hook converts the state to the robot's units.
     aloha = get_embodiment("aloha")
     inside = np.linspace(0.1, 0.9, 14)
     sample = aloha.to_model(aloha.example_observation(state=inside))
     np.testing.assert_allclose(sample["state"], inside, atol=1e-12)
 
 
-def test_the_vocabulary_of_the_packaged_tokenizer_takes_it():
+def test_packaged_tokenizer_is_chosen_by_vocabulary_size():
     assert PolicySpec("a checkpoint").with_tokenizer(1024).tokenizer.name == "tiny_tokenizer.model"

@@ -1,4 +1,4 @@
-"""Images and the state in the prompt as a policy was trained: LeRobot's before and since version 0.5, and openpi's."""
+"""Preprocessing as in training (openpi, LeRobot 0.4, LeRobot 0.5): image resize, and state in the prompt."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def edit(file, change):
 
 @pytest.fixture
 def unstated(golden, tmp_path):
-    """A folder as LeRobot 0.4.4 and 0.5.0 write it."""
+    """Folder as written by LeRobot 0.4.4 and 0.5.0, which does not state the version."""
     root = shutil.copytree(golden.root / "lerobot", tmp_path / "lerobot")
     edit(root / "config.json", lambda d: [d.pop(name, None) for name in NEWER])
     for file, name in STEPS.items():
@@ -69,7 +69,7 @@ def request(size=(48, 96), dtype=np.uint8):
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (7, 5), (1, 200), (101, 33), (32, 32), (200, 200)])
 @pytest.mark.parametrize("transform", [LEROBOT, LEROBOT_04])
-def test_resize_equals_interpolation_by_pytorch_between_bars(size, transform):
+def test_bilinear_resize_equals_pytorchs_interpolate(size, transform):
     image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
     out = resize_with_pad(image, 32, 32, transform)
     ratio = max(size) / 32
@@ -83,7 +83,7 @@ def test_resize_equals_interpolation_by_pytorch_between_bars(size, transform):
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
-def test_bars_beyond_black_go_with_either_filter():
+def test_bars_of_minus_three_work_with_both_filters():
     image = np.random.default_rng(2).integers(0, 256, (20, 40, 3), np.uint8)
     plain, barred = (resize_with_pad(image, 16, 16, ImageTransform(bars=bars)) for bars in (-1, -3))
     assert (plain.dtype, barred.dtype) == (np.uint8, np.float32)
@@ -92,7 +92,7 @@ def test_bars_beyond_black_go_with_either_filter():
     assert (barred[12:] == -3).all()
 
 
-def test_colours_of_bars_are_not_changed_by_augmentation():
+def test_augmentation_does_not_change_bars():
     images = torch.full((1, 4, 4, 3), -1.0)  # in [0, 1], where the model's -3 is -1
     images[:, 1:3] = 0.5
     changed = jitter(images, *torch.tensor([[0.2], [0.1], [0.3], [0.1]]))
@@ -100,10 +100,10 @@ def test_colours_of_bars_are_not_changed_by_augmentation():
     assert not torch.equal(changed[:, 1:3], images[:, 1:3])
 
 
-# What a folder of LeRobot states
+# LeRobot's version
 
 
-def test_folder_that_does_not_state_its_version_is_read_as_04_with_a_warning(unstated, golden):
+def test_folder_without_version_is_read_as_lerobot_04_with_a_warning(unstated, golden):
     with pytest.warns(
         UserWarning, match=r"does not say whether LeRobot 0.4 or 0.5.0 trained it.*lerobot_0.4 is assumed"
     ):
@@ -116,7 +116,7 @@ def test_folder_that_does_not_state_its_version_is_read_as_04_with_a_warning(uns
 @pytest.mark.parametrize(
     ("program", "expected"), [("openpi", OPENPI), ("lerobot", LEROBOT), ("lerobot_0.4", LEROBOT_04)]
 )
-def test_option_states_the_program_and_silences_the_warning(unstated, golden, program, expected, recwarn):
+def test_preprocessing_option_silences_the_warning(unstated, golden, program, expected, recwarn):
     spec = open_checkpoint(unstated, config=golden.config).spec().requested(preprocessing=program)
     assert spec.image_transform == expected
     assert spec.prompt_state_dim == (32 if program == "lerobot_0.4" else None)
@@ -127,7 +127,7 @@ def test_option_states_the_program_and_silences_the_warning(unstated, golden, pr
 @pytest.mark.parametrize(
     ("settings", "expected"), [({"seed": 1, "cudnn_deterministic": False}, LEROBOT), ({"seed": 1}, LEROBOT_04)]
 )
-def test_settings_of_the_training_tell_050_from_earlier_ones(unstated, golden, settings, expected):
+def test_training_settings_distinguish_lerobot_050_from_earlier(unstated, golden, settings, expected):
     (unstated / "train_config.json").write_text(json.dumps(settings))
     spec = open_checkpoint(unstated, config=golden.config).spec()
     assert (spec.image_transform, spec.unstated) == (expected, "")
@@ -144,14 +144,14 @@ def later_step(root):
 
 @pytest.mark.parametrize("golden", ["pi05"], indirect=True)
 @pytest.mark.parametrize("change", [later_field, later_step])
-def test_what_only_later_versions_write_tells_them(unstated, golden, change):
+def test_fields_of_later_versions_identify_them(unstated, golden, change):
     change(unstated)
     spec = open_checkpoint(unstated, config=golden.config).spec()
     assert (spec.image_transform, spec.prompt_state_dim, spec.unstated) == (LEROBOT, None, "")
 
 
 @pytest.mark.parametrize("golden", ["pi05"], indirect=True)
-def test_base_without_statistics_is_read_as_by_the_present_lerobot(unstated, golden):
+def test_base_without_statistics_is_read_as_current_lerobot(unstated, golden):
     for file in STEPS:
         edit(unstated / file, lambda d: [entry.pop("state_file", None) for entry in d["steps"]])
     spec = open_checkpoint(unstated, config=golden.config).spec()
@@ -162,13 +162,13 @@ def test_base_without_statistics_is_read_as_by_the_present_lerobot(unstated, gol
 
 @pytest.mark.parametrize("golden", ["pi05"], indirect=True)
 @pytest.mark.parametrize("width", [0, -3, "32", 10**9, 2.5, True])
-def test_width_of_the_state_that_is_no_width_is_refused(unstated, golden, width):
+def test_invalid_state_width_is_an_error(unstated, golden, width):
     edit(unstated / "config.json", lambda d: d.update(max_state_dim=width))
     with pytest.raises(CheckpointError, match=r"max_state_dim is .*; expected 1 to 1000"):
         open_checkpoint(unstated, config=golden.config).spec()
 
 
-# The one path from there
+# Saving and inference
 
 
 @pytest.mark.parametrize("golden", ["pi05"], indirect=True)
@@ -204,7 +204,7 @@ def test_absent_cameras_are_black_and_all_images_of_a_request_have_one_dtype(uns
 
 
 @pytest.mark.parametrize("golden", ["pi05"], indirect=True)
-def test_images_in_floats_of_one_level_each_give_the_same_inputs(unstated, golden):
+def test_float_images_on_uint8_levels_give_the_same_inputs(unstated, golden):
     policy = load(unstated, golden, preprocessing="lerobot")
     one, other = (policy.prepare(request(dtype=dtype))[1]["image"] for dtype in (np.uint8, np.float32))
     np.testing.assert_array_equal(one["base_0_rgb"], other["base_0_rgb"])
@@ -233,7 +233,7 @@ PI05, PI0 = Pi0Config(pi05=True), Pi0Config(pi05=False)
         ("lerobot", "openpi", PI05, r"openpi resizes images with another filter \(bilinear_antialiased\)"),
     ],
 )
-def test_another_resize_of_the_target_is_a_note(program, target, config, expected):
+def test_different_resize_of_the_target_is_noted(program, target, config, expected):
     notes = spec_of(program).require_preprocessing(target, config)
     assert bool(notes) == bool(expected)
     if expected:
@@ -242,7 +242,7 @@ def test_another_resize_of_the_target_is_a_note(program, target, config, expecte
 
 
 @pytest.mark.parametrize("target", ["openpi", "lerobot"])
-def test_what_no_target_makes_is_refused(target):
+def test_transform_unsupported_by_target_is_an_error(target):
     with pytest.raises(CheckpointError, match=r"bars of -3 .* and 25 zeros behind the state in the prompt"):
         spec_of("lerobot_0.4").require_preprocessing(target, PI05)
     with pytest.raises(CheckpointError, match=r"trained with bars of -3 [^0-9]*, as in"):

@@ -1,4 +1,4 @@
-"""Prompts: their text, both tokenizers, and what happens to one that is too long."""
+"""Prompts: text, tokenizers, padding and truncation."""
 
 import json
 import shutil
@@ -35,11 +35,11 @@ ENDING = ", State: 128 0 255;\nAction: "
 # Text
 
 
-def test_text_is_cleaned():
+def test_clean_text_strips_and_replaces():
     assert clean_text("  Pick_up the\nred_cube \n") == "Pick up the red cube"
 
 
-def test_bins_of_the_state():
+def test_state_is_digitized_to_bins():
     below = np.nextafter(-1, -2)
     assert digitize_state(np.array([below, -1.0, 0.0, np.nextafter(1, 0), 1.0, 7.0])).tolist() == [
         -1,
@@ -49,7 +49,7 @@ def test_bins_of_the_state():
         255,
         255,
     ]
-    # The same number in float32 is in the next bin: the state must not be cast before.
+    # In float32 the same number falls into the next bin: the state must not be cast first.
     edge = np.linspace(-1, 1, 257)[3]
     assert digitize_state(np.array([np.nextafter(edge, -1)])) == 2
     assert digitize_state(np.array([np.nextafter(edge, -1)], np.float32)) == 3
@@ -62,7 +62,7 @@ def test_pi05_prompt_text():
 @pytest.mark.parametrize(
     ("state", "message"), [(np.array([0, np.nan]), "NaN.*dimension 1"), (np.zeros((1, 2)), r"shape \[1, 2\]")]
 )
-def test_states_without_text(state, message):
+def test_invalid_states_cannot_be_digitized(state, message):
     with pytest.raises(ValueError, match=message):
         digitize_state(state)
 
@@ -70,13 +70,13 @@ def test_states_without_text(state, message):
 @pytest.mark.parametrize(
     "prompt", ["é ok", "é ok".encode(), np.str_("é ok"), np.array("é ok"), np.array("é ok".encode())]
 )
-def test_kinds_of_prompts(prompt):
+def test_prompt_types_are_accepted(prompt):
     assert as_text(prompt) == "é ok"
     assert type(as_text(prompt)) is str
 
 
 @pytest.mark.parametrize("prompt", [3, None, ["a"], np.array(["a"]), np.array(1.0), b"\xff"])
-def test_refused_prompts(prompt):
+def test_invalid_prompts_are_errors(prompt):
     with pytest.raises(ValueError, match="prompt"):
         as_text(prompt)
 
@@ -86,7 +86,7 @@ def test_refused_prompts(prompt):
 
 @pytest.fixture(scope="module")
 def hf_file(tmp_path_factory) -> Path:
-    """The SentencePiece model as a tokenizer.json: byte-pair merges in the order of the pieces' scores."""
+    """Convert the SentencePiece model to a tokenizer.json, with byte-pair merges in the order of the scores."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(SPM_FILE))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     pieces[model.bos_id()] = "<bos>"
@@ -103,7 +103,7 @@ def hf_file(tmp_path_factory) -> Path:
     )
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     tokenizer.add_special_tokens(["<pad>", "</s>", "<bos>", "<unk>"])
-    # Settings of someone's last use, which must not matter.
+    # Padding and truncation settings in the file must be ignored.
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=9)
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
@@ -129,7 +129,7 @@ def test_tokenizers_are_recognised_by_content(hf_file, tmp_path):
     assert isinstance(load_tokenizer(tmp_path / "b.model"), HFTokenizer)
 
 
-def test_tokenizers_in_folders(hf_file, tmp_path):
+def test_tokenizer_path_may_be_a_folder(hf_file, tmp_path):
     assert isinstance(load_tokenizer(hf_file.parent), HFTokenizer)
     assert isinstance(load_tokenizer(str(GOLDEN)), SentencePieceTokenizer)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model or tokenizer\.json"):
@@ -142,7 +142,7 @@ def test_tokenizers_in_folders(hf_file, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", SPM_FILE.read_bytes()[:-9], b'{"version": "1.0"}', b"{\xff", b"[]"]
 )
-def test_damaged_tokenizers(content, tmp_path):
+def test_damaged_tokenizers_are_errors(content, tmp_path):
     file = tmp_path / "tokenizer"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="damaged") as error:
@@ -150,7 +150,7 @@ def test_damaged_tokenizers(content, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_tokenizer_without_bos(tmp_path):
+def test_tokenizer_without_bos_is_an_error(tmp_path):
     file = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(file))
     with pytest.raises(ValueError, match="<bos>"):
@@ -166,13 +166,13 @@ def tokenize(prompt, state=None, *, max_token_len=None, **options):
     )
 
 
-def test_neither_padded_nor_cut():
+def test_prompt_without_max_token_len_is_neither_padded_nor_cut():
     tokens, mask = tokenize("lift it " * 100)
     assert tokens.tolist() == SPM.encode(("lift it " * 100).strip(), True) + SPM.encode("\n", False)
     assert mask.all()
 
 
-def test_padded():
+def test_short_prompt_is_padded():
     tokens, mask = tokenize("lift it", STATE, max_token_len=60)
     expected = SPM.encode(f"Task: lift it{ENDING}", True)
     assert tokens.dtype == np.int64
@@ -181,7 +181,7 @@ def test_padded():
 
 
 def longest(text: str, encode, limit: int) -> str:
-    """The expected shortening: whole words, and letters only of the first."""
+    """Compute the expected shortening: whole words, or letters of the first word."""
     words = text.split(" ")
     fitting = [" ".join(words[:n]) for n in range(1, len(words) + 1) if len(encode(" ".join(words[:n]))) <= limit]
     return (
@@ -217,13 +217,13 @@ def test_shortening_keeps_state_and_ending(words, limit, with_state):
     assert len(messages) == (len(encode(text)) > limit)
 
 
-def test_shortening_warns():
+def test_shortening_a_prompt_warns():
     with pytest.warns(UserWarning, match="max_token_len is 30: the instruction is shortened to 'put the") as caught:
         tokenize("put the blue bowl in the sink " * 5, STATE, max_token_len=30)
     assert len(caught) == 1
 
 
-def test_a_very_long_prompt_takes_few_calls():
+def test_very_long_prompt_takes_few_tokenizer_calls():
     class Counting:
         vocab_size, special_tokens, calls = 512, SPM.special_tokens, 0
 
@@ -238,7 +238,7 @@ def test_a_very_long_prompt_takes_few_calls():
     assert tokenizer.calls < 100
 
 
-def test_original_truncation():
+def test_original_truncation_cuts_the_end():
     text = "put the blue bowl in the sink " * 5
     with pytest.warns(UserWarning, match="its end is cut"):
         tokens, mask = tokenize(text, STATE, max_token_len=30, truncation="original")
@@ -246,13 +246,13 @@ def test_original_truncation():
     assert mask.all()
 
 
-def test_prompt_that_fits_gives_no_warning():
+def test_fitting_prompt_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenize("", max_token_len=2)  # an empty text is fine
 
 
-def test_refused_calls():
+def test_invalid_prompt_settings_are_errors():
     with pytest.raises(ValueError, match="contains the state"):
         tokenize_prompt(SPM, "a", None, discrete_state_input=True, max_token_len=None)
     with pytest.raises(ValueError, match=r"'middle'.*instruction, original"):
@@ -262,7 +262,7 @@ def test_refused_calls():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_patterns_of_a_tokenizer_that_never_end_are_an_error(tmp_path, capfd):
+def test_endless_tokenizer_pattern_is_an_error(tmp_path, capfd):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     slow = Tokenizer(models.WordLevel({"<bos>": 0, "a": 1}, unk_token="a"))

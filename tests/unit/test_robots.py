@@ -1,4 +1,4 @@
-"""The robots of assets/robots: what programs rely on, and their pages."""
+"""Robots in assets/robots: completeness, names, statistics and documentation pages."""
 
 import dataclasses
 import json
@@ -43,19 +43,19 @@ def model():
 
 
 @pytest.mark.parametrize("name", [*NAMES, *sorted(set(ROBOT_FILES) - set(NAMES))])
-def test_robot_states_everything_and_its_example_passes_through_a_policy(name, model, golden_root):
+def test_robot_is_complete_and_its_example_runs_through_a_policy(name, model, golden_root):
     robot = get_embodiment(name)
     assert (robot.name, robot.control_hz > 0, robot.execute_steps > 0) == (name, True, True)
     robot.check_names()
-    if name != "metaworld":  # of which no unit is stated
+    if name != "metaworld":  # its units are not stated
         assert all(robot.state_units)
         assert all(action.unit for action in robot.actions)
     assert all(action.command for action in robot.actions)
     for action in robot.actions:
-        assert (action.kind == "delta") <= (action.command == "position")  # no difference of motions
+        assert (action.kind == "delta") <= (action.command == "position")  # deltas make sense only for positions
         assert (action.kind == "delta") <= ("gripper" not in action.name and "Hand" not in action.name)
         assert (action.low is None) == (action.high is None)
-    # The control loop can hold the robot still; a gripper that is moved by effort has nothing to hold.
+    # The control loop can hold the robot still, except for grippers controlled by effort.
     holds = zip(robot.actions, hold_commands(robot), strict=True)
     assert [action.name for action, hold in holds if hold is None and action.command != "effort"] == []
     comment = json.loads(ROBOT_FILES[name].read_text("utf-8"))["comment"]
@@ -87,7 +87,7 @@ def test_robot_states_everything_and_its_example_passes_through_a_policy(name, m
         ),
     ],
 )
-def test_names_are_lerobots(name, expected, unit):
+def test_joint_names_equal_lerobots(name, expected, unit):
     robot = get_embodiment(name)
     assert list(robot.state_names) == list(robot.action_names) == expected
     assert robot.state_units[0] == robot.actions[0].unit == unit
@@ -105,11 +105,11 @@ def test_names_are_lerobots(name, expected, unit):
         ("piper", [*(f"joint{i}.pos" for i in range(1, 7)), "gripper.pos"], range(7)),
     ],
 )  # fmt: skip
-def test_names_of_datasets_are_those_of_the_robots(robot, names, order):
+def test_dataset_names_map_to_robot_names(robot, names, order):
     assert order_of(names, get_embodiment(robot).state_names) == list(order)
 
 
-def test_frame_of_a_lerobot_dataset_is_a_request_of_so101():
+def test_lerobot_frame_is_a_valid_so101_request():
     robot = get_embodiment("so101")
     state = np.array([1.0, -20, 30, -40, 50, 60], np.float32)
     frame = {
@@ -134,7 +134,7 @@ def test_frame_of_a_lerobot_dataset_is_a_request_of_so101():
         ("arx5", "arx", 50, [6, 13]),
     ],
 )
-def test_interface_of_the_base_statistics_is_openpis(name, asset, hz, grippers):
+def test_interface_of_base_statistics_equals_openpis(name, asset, hz, grippers):
     """openpi, docs/norm_stats.md: joints in rad, left arm and gripper, right arm and gripper, 0 open to 1 closed."""
     robot = get_embodiment(name)
     assert (robot.asset_id, robot.control_hz, robot.hook) == (asset, hz, None)
@@ -143,7 +143,7 @@ def test_interface_of_the_base_statistics_is_openpis(name, asset, hz, grippers):
         assert (unit, action.kind) == (("0 open, 1 closed", "absolute") if i in grippers else ("rad", "delta"))
     if len(grippers) == 2:
         assert [name[:4] for name in robot.action_names] == ["left"] * 7 + ["righ"] * 7
-    # Nothing is converted: what the robot sends is what the statistics are of.
+    # Nothing is converted: the statistics are in the robot's units.
     state = np.linspace(0.1, 0.9, len(robot.state_names))
     parts = {
         part.key: values
@@ -154,14 +154,14 @@ def test_interface_of_the_base_statistics_is_openpis(name, asset, hz, grippers):
     np.testing.assert_array_equal(sample["state"], state)
 
 
-def test_statistics_of_aloha_and_droid_belong_to_their_interfaces():
+def test_aloha_and_droid_use_statistics_of_their_interfaces():
     aloha, droid = get_embodiment("pi0_aloha_pen_uncap"), get_embodiment("droid")
     assert (aloha.asset_id, aloha.hook, sum(aloha.action_mask)) == ("trossen", "aloha_pi", 12)
     assert (droid.asset_id, {action.command for action in droid.actions[:7]}) == ("droid", {"velocity"})
-    # Other interfaces of the same arms take no statistics that are not theirs.
+    # Other interfaces of the same arms have no statistics.
     for name in ("aloha2", "droid_joint_position", "franka_eef"):
         assert get_embodiment(name).asset_id is None
-    # A state beyond the joints' order: shoulder and elbow of both arms turn the other way.
+    # Shoulder and elbow of both arms have the opposite sign.
     state = np.zeros(14)
     state[[1, 2, 8, 9, 3]] = 0.5
     images = {"cam_high": np.zeros((3, 4, 4), np.uint8)}
@@ -169,19 +169,22 @@ def test_statistics_of_aloha_and_droid_belong_to_their_interfaces():
     np.testing.assert_array_equal(converted[[1, 2, 8, 9, 3]], [-0.5, -0.5, -0.5, -0.5, 0.5])
 
 
-def test_released_statistics_name_robots_that_are_there():
+def test_released_statistics_name_known_robots():
     for asset, entry in RELEASED["statistics"].items():
         assert entry["robot"] in ROBOT_FILES
-        assert get_embodiment(entry["robot"]).asset_id in (asset, None)  # aloha and libero: of their policies
+        assert get_embodiment(entry["robot"]).asset_id in (
+            asset,
+            None,
+        )  # aloha and libero: set by their policies' embodiments
 
 
-def test_pages_are_those_of_the_data():
+def test_robot_pages_match_the_data():
     script = pathlib.Path(__file__).parents[2] / "scripts/robot_pages.py"
     shown = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (0, ""), f"{shown.stdout}{shown.stderr}run scripts/robot_pages.py"
 
 
-def test_a_copy_of_a_robots_file_is_an_embodiment(tmp_path):
+def test_copied_robot_file_is_a_valid_embodiment(tmp_path):
     data = json.loads(ROBOT_FILES["so101"].read_text("utf-8"))
     (tmp_path / "mine.json").write_text(json.dumps(data | {"name": "mine"}))
     assert get_embodiment(tmp_path / "mine.json") == dataclasses.replace(get_embodiment("so101"), name="mine")
@@ -194,7 +197,7 @@ def test_a_copy_of_a_robots_file_is_an_embodiment(tmp_path):
     ("found", "nearest"),
     [("so-101", "so101"), ("SO101", "so101"), ("ur5", "ur5e"), ("xarm", "xarm7|xarm6"), ("g1", None)],
 )
-def test_unknown_name_lists_robots_and_the_nearest(found, nearest):
+def test_unknown_name_error_lists_robots_and_the_closest(found, nearest):
     hint = rf"give a JSON file\. Did you mean ({nearest})\?" if nearest else r"give a JSON file\.'?\"?$"
     with pytest.raises(KeyError, match=hint):
         get_embodiment(found)

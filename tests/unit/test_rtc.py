@@ -303,5 +303,5 @@ def test_guidance_of_the_model_in_inference_mode_is_an_error_with_the_remedy():
 def test_fractions_of_an_action_are_refused(policy, request_, numbers, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
     observation, noise = request_
-    with pytest.raises(ValueError, match=r"(delay|execution_horizon) is a number of actions, an integer"):
+    with pytest.raises(ValueError, match=r"(delay|execution_horizon) must be a whole number of actions"):
         policy.infer(observation, noise=noise[1], action_prefix=np.zeros((8, 4), np.float32), **numbers)

@@ -1,4 +1,4 @@
-"""A robot whose policy reads no state: described, recorded, trained, asked, examined."""
+"""A robot without a state: embodiment, dataset, statistics, training, inference, doctor and recording."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_observation_has_an_empty_state():
         Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=[], actions=NAMES, delta=["a"])
 
 
-def test_dataset_without_state_is_read_for_that_robot_only(dataset):
+def test_dataset_without_state_needs_a_stateless_robot(dataset):
     data = LeRobotDataset(dataset, action_horizon=4)
     assert data[0]["observation.state"].shape == (0,)
     assert "observation.state" not in data.features
@@ -75,7 +75,7 @@ def test_dataset_without_state_is_read_for_that_robot_only(dataset):
             read()
 
 
-def test_statistics_are_those_of_the_actions(dataset):
+def test_statistics_cover_only_the_actions(dataset):
     data = LeRobotDataset(dataset, action_horizon=4)
     stats = compute_norm_stats(data, ROBOT, action_horizon=4)
     assert (stats["state"].dim, stats["actions"].dim) == (0, 2)
@@ -85,13 +85,13 @@ def test_statistics_are_those_of_the_actions(dataset):
     assert not idle_frames(data).any()
 
 
-def test_state_of_a_dataset_is_not_read(tmp_path):
+def test_state_in_the_dataset_is_ignored(tmp_path):
     data = LeRobotDataset(write(tmp_path / "set", NAMES), action_horizon=4, embodiment=ROBOT)
     assert "state" not in to_observation(data[0], ROBOT)
     assert compute_norm_stats(data, ROBOT, action_horizon=4)["state"].dim == 0
 
 
-def test_trained_policy_acts_and_is_examined(policy):
+def test_trained_policy_runs_and_passes_doctor(policy):
     observation = policy.example_observation()
     assert set(observation) == {"front", "prompt"}
     assert policy.infer(observation)["actions"].shape == (4, 2)

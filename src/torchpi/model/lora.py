@@ -168,7 +168,6 @@ def is_lora(name: str) -> bool:
 
 
 _PROJECTIONS = ("suffix.", "action_out_proj.")
-_BACKBONE = ("backbone.", "embedding")
 
 
 def trainable_parameters(model: Pi0, what: Finetune) -> dict[str, bool]:
@@ -195,5 +194,9 @@ def trainable_parameters(model: Pi0, what: Finetune) -> dict[str, bool]:
     if what == "lora_strict":
         return {name: is_lora(name) or name.startswith(_PROJECTIONS) for name in names}
     assert config is not None
-    frozen = (*(_BACKBONE if config.backbone_rank else ()), *(("expert.",) if config.expert_rank else ()))
+    frozen: tuple[str, ...] = ()
+    if config.backbone_rank:
+        frozen += ("backbone.", "embedding")
+    if config.expert_rank:
+        frozen += ("expert.",)
     return {name: is_lora(name) or not name.startswith(frozen) for name in names}
