@@ -164,7 +164,7 @@ def test_warnings_go_to_stderr_as_one_line(arguments, observation):
     result = python(*arguments, "--json")
     assert result.returncode == 0
     assert json.loads(result.stdout)["shape"] == [4, 2]
-    assert re.fullmatch(r"warning: Embodiment 'two_joints' doesn't read temperature .*\n", result.stderr)
+    assert re.fullmatch(r"warning: Embodiment 'two_joints' ignores temperature .*\n", result.stderr)
 
 
 def test_the_demo_policy_can_be_named(tmp_path):

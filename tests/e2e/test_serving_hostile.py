@@ -33,7 +33,7 @@ from torchpi_client import pack
 from torchpi_client.images import encode_images
 
 # Of keys that no embodiment reads a policy warns once.
-pytestmark = pytest.mark.filterwarnings("ignore:Embodiment 'fake' doesn't read")
+pytestmark = pytest.mark.filterwarnings("ignore:Embodiment 'fake' ignores")
 
 CODES = {"malformed_message", "bad_observation"}
 
