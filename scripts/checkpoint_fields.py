@@ -20,7 +20,10 @@ def tables() -> str:
     lines = ["| file or step | field | use |", "| --- | --- | --- |"]
     for table, fields in FIELDS.items():
         file = table.replace(": ", ", ")
-        lines += [f"| {file} | `{name}` | {described(field)} |" for name, field in fields.items()]
+        names: dict[str, list[str]] = {}
+        for name, field in fields.items():
+            names.setdefault(described(field), []).append(f"`{name}`")
+        lines += [f"| {file} | {', '.join(group)} | {description} |" for description, group in names.items()]
         lines += [] if fields else [f"| {file} | none | |"]
     return "\n".join(lines) + "\n"
 
