@@ -13,6 +13,7 @@ import torchpi
 from torchpi.checkpoints.layout import CheckpointArray, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.model.lora import LoraConfig, add_lora, lora_config, trainable_parameters
+from torchpi.robots.keys import nest
 
 ALPHA = (8.0, 3.0)
 # A key bias shifts all logits of a query equally: its gradient is rounding noise, which Adam scales up.
@@ -57,14 +58,7 @@ class LoraGolden:
 
     @staticmethod
     def _observation(arrays: Mapping[str, Tensor]) -> tuple[torchpi.Observation, Tensor]:
-        nested: dict = {"image": {}, "image_mask": {}}
-        for name, value in arrays.items():
-            group, _, camera = name.partition(".")
-            if camera:
-                nested[group][camera] = value
-            elif name in ("state", "tokenized_prompt", "tokenized_prompt_mask"):
-                nested[name] = value
-        return torchpi.Observation.from_dict(nested), arrays["actions"]
+        return torchpi.Observation.from_dict(nest(arrays)), arrays["actions"]
 
 
 @pytest.fixture(params=["pi05", "pi0"], scope="module")

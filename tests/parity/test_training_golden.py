@@ -13,6 +13,7 @@ import torchpi
 from torchpi.checkpoints.layout import CheckpointArray, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.model.lora import lora_config, trainable_parameters
+from torchpi.robots.keys import nest
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import single_process
@@ -56,18 +57,11 @@ class Trajectory:
 
     def batch(self, step: int) -> Batch:
         prefix = f"batch{int(self.draws['batch_index'][step])}."
-        nested: dict = {"image": {}, "image_mask": {}}
-        for name, value in self.batches.items():
-            if name.startswith(prefix):
-                group, _, camera = name.removeprefix(prefix).partition(".")
-                if camera:
-                    nested[group][camera] = value
-                else:
-                    nested[group] = value
-        actions = nested.pop("actions")
+        arrays = nest({n.removeprefix(prefix): value for n, value in self.batches.items() if n.startswith(prefix)})
+        actions = arrays["actions"]
         is_real = torch.ones_like(actions, dtype=torch.bool)
         noise, time = self.draws["noise"][step][:, None], self.draws["time"][step][:, None]
-        return Batch(torchpi.Observation.from_dict(nested), actions, is_real, noise, time, indices=())
+        return Batch(torchpi.Observation.from_dict(arrays), actions, is_real, noise, time, indices=())
 
     def leaves(self, state: TrainState) -> dict[str, CheckpointArray]:
         config = lora_config(state.model)

@@ -132,9 +132,9 @@ def test_diagnosis_changes_nothing_and_keeps_later_warnings(damaged):
     policy = with_stats(damaged, "state", q01={3: 1.0}, q99={3: 1.0})
     observation = demo_observation() | {"joint_temperature": np.zeros(3)}
     diagnosis = diagnose(policy, observation, **QUICK)
-    assert any("doesn't read joint_temperature" in message for message in findings(diagnosis, "warning", "observation"))
+    assert any("ignores joint_temperature" in message for message in findings(diagnosis, "warning", "observation"))
     with (
-        pytest.warns(UserWarning, match="doesn't read joint_temperature"),
+        pytest.warns(UserWarning, match="ignores joint_temperature"),
         pytest.warns(UserWarning, match="The statistics of state don't vary"),
     ):
         policy.prepare(observation)
