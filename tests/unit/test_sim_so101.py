@@ -231,8 +231,3 @@ def test_invalid_action_is_an_error(arms, change, message):
 def test_invalid_image_size_is_an_error(size):
     with pytest.raises(ValueError, match="image_size"):
         make_environment("so101", "lift", image_size=size)
-
-
-def test_unknown_task_error_lists_the_known_tasks():
-    with pytest.raises(KeyError, match="so101 has no task 'fold'; its tasks are lift, place"):
-        make_environment("so101", "fold")

@@ -32,27 +32,21 @@ def log_episodes(demo: Demo, log: Any) -> None:
         for episode in first_episodes:
             environment, prompt = latest.of(episode.task), evaluation.tasks[episode.task].instruction
             period = 1 / (environment.embodiment.control_hz or 1)
+            noise = episode_noise(evaluation.seed, episode.task, 0, shape)
+            callback = partial(_log_step, robot_log, environment, prompt, start, period)
             outcome = run_episode(
-                policy,
-                environment,
-                episode.seed,
-                instruction=prompt,
-                rollout=rollout,
-                noise=episode_noise(evaluation.seed, episode.task, 0, shape),
-                callback=partial(_log_step, robot_log, environment, prompt, start, period),
+                policy, environment, episode.seed, instruction=prompt, rollout=rollout, noise=noise, callback=callback
             )
             start += outcome.steps * period
             advance()
 
 
-def _log_step(
-    robot_log: Any, environment: Environment, prompt: str, start: float, period: float, step: RolloutStep
-) -> None:
-    """Log a step of an episode; its start, and the period of a step, are in seconds."""
+def _log_step(log: Any, environment: Environment, prompt: str, start: float, period: float, step: RolloutStep) -> None:
+    """Log a step of an episode; its start and the period of a step are in seconds."""
     now = start + step.step * period
     if step.executed:
-        robot_log.execute(now - period, step.chunk[step.executed - 1])
+        log.execute(now - period, step.chunk[step.executed - 1])
     else:
-        robot_log.predict(now, step.chunk)
+        log.predict(now, step.chunk)
     if step.executed == 0 or step.step % 2 == 0:
-        robot_log.observe(now, environment.observe() | {"prompt": prompt})
+        log.observe(now, environment.observe() | {"prompt": prompt})

@@ -264,10 +264,10 @@ class _RecordingFolder:
             error.add_note(f"{second} while finishing {self.root}; run the same command to continue.")
         if not self.episodes or not info.exists():
             return ""
-        complete = counted(
-            int(read_json(info)["total_episodes"]), "episode that was complete is", "episodes that were complete are"
+        count = int(read_json(info)["total_episodes"])
+        return (
+            f"The {counted(count, 'episode that was complete is', 'episodes that were complete are')} in {self.root}."
         )
-        return f"The {complete} in {self.root}."
 
     def write_description(self, complete: int) -> None:
         """Write the settings and the complete episodes next to the dataset's metadata."""

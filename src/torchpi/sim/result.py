@@ -83,9 +83,8 @@ def task_result(instruction: str, episodes: Sequence[Episode]) -> TaskResult:
     steps = [episode.steps for episode in episodes if episode.success]
     mean = float(statistics.mean(steps)) if steps else None
     median = float(statistics.median(steps)) if steps else None
-    return TaskResult(
-        **vars(Rate.of(len(steps), len(episodes))), instruction=instruction, mean_steps=mean, median_steps=median
-    )
+    rate = Rate.of(len(steps), len(episodes))
+    return TaskResult(**vars(rate), instruction=instruction, mean_steps=mean, median_steps=median)
 
 
 def success_table(

@@ -43,6 +43,9 @@ _TASKS = {
     "door": ("Door", "open the door"),
 }
 
+_Snapshot = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Positions of all joints, colours of the sites, and positions of the fingers."""
+
 
 class PandaEnvironment:
     """One task of a Franka arm in robosuite. See `Environment` for the methods.
@@ -69,13 +72,11 @@ class PandaEnvironment:
         """Both cameras uint8 [224, 224, 3], mirrored; state [8]: hand position, axis angle, fingers; instruction."""
         return self.observe_snapshot(self.snapshot())
 
-    def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions of all joints, colours of the sites, and fingers; see `DefersRendering`."""
+    def snapshot(self) -> _Snapshot:
+        """See `DefersRendering`."""
         return self._positions, self._site_rgba, self._fingers
 
-    def observe_snapshot(
-        self, snapshot: tuple[np.ndarray, np.ndarray, np.ndarray], *, images: bool = True
-    ) -> dict[str, Any]:
+    def observe_snapshot(self, snapshot: _Snapshot, *, images: bool = True) -> dict[str, Any]:
         """See `DefersRendering`."""
         positions, site_rgba, fingers = snapshot
         views = self._render(positions, site_rgba, _RENDER_SIZE) if images else {}
