@@ -102,7 +102,7 @@ def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root)
             exec(compile(observing, "fine_tune.md", "exec"), said)
             with pytest.raises(SystemExit, match="1"):  # after so few steps its actions are noise
                 main(shortened(line))
-            assert "predicted far outside of the training data's range" in capsys.readouterr().out
+            assert "predicted far outside the training data's range" in capsys.readouterr().out
         elif line.startswith("serve"):
             assert "WebsocketPolicy" in asking
             assert serve_once(shortened(line), said["observation"]).shape == (50, 7)

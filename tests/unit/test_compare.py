@@ -304,7 +304,7 @@ def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, 
 
 
 def test_options_that_neither_side_takes_are_refused(files, golden_root):
-    with pytest.raises(ValueError, match="are policy folders, which state everything: leave out --lora-alpha"):
+    with pytest.raises(ValueError, match="are policy folders, which are complete; omit --lora-alpha"):
         run_compare(**files, lora_alpha=(16.0, 32.0))
     golden = golden_root / "pi05"
     sides = {"a": str(golden / "jax_ckpt_pure"), "b": str(golden / "openpi_pytorch")}

@@ -161,7 +161,7 @@ def test_missing_and_repeated_names_are_found(tmp_path):
     change_info(path, features=features)
     found = problems_of(path)
     assert "have no names" in found["observation.state"]
-    assert "a name several dimensions" in found["action"]
+    assert "a each name several dimensions" in found["action"]
     (file,) = path.glob("data/*/*.parquet")
     change_rows(file, lambda table: table.drop_columns(["observation.state"]))
     del features["observation.state"]
@@ -250,7 +250,7 @@ def test_commands_print_text_or_one_json_document(arm, tmp_path, capsys):
     assert (document["episodes"], document["frames"], document["problems"]) == (3, 120, [])
     assert document["state"][2]["unit"]["value"] == "opening, 0 to 100"
     cli.main(["data", "inspect", str(arm)])
-    assert "Nothing to look at was found" in capsys.readouterr().out
+    assert "No problems were found" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["data", "inspect", str(tmp_path)])
     assert "is not a LeRobot dataset" in capsys.readouterr().err

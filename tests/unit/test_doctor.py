@@ -211,7 +211,7 @@ def test_cameras_that_are_not_told_apart_are_named(damaged):
     damaged.model.vision.register_forward_hook(lambda module, args, out: out.mean(0, keepdim=True).expand_as(out))
     diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert findings(diagnosis, "warning", "cameras")[0].startswith(
-        f"the policy does not tell the cameras {BASE} and {WRIST} apart"
+        f"the policy does not distinguish the cameras {BASE} and {WRIST}"
     )
     assert diagnosis.status == 0
 
@@ -255,16 +255,16 @@ def test_untested_inputs_are_listed(make_policy):
     observation = request(policy, front=black, wrist=black)
     diagnosis = diagnose(policy, observation, **QUICK)
     assert {entry.input: entry.untried for entry in diagnosis.observation.sensitivity if entry.moves is None} == {
-        f"camera {BASE}": "it is black already",
-        f"camera {WRIST}": "it is black already",
+        f"camera {BASE}": "it is already black",
+        f"camera {WRIST}": "it is already black",
         f"cameras {BASE} and {WRIST}": "both images are the same",
-        "state": "the policy is made without it",
+        "state": "the policy does not read it",
     }
     assert "every pixel of the image is 0" in findings(diagnosis, "warning", f"camera {BASE}")[0]
     policy = make_policy()
     at_mean = request(policy, state=policy.transforms.norm_stats["state"].mean[:2])
     (state,) = [e for e in diagnose(policy, at_mean, **QUICK).observation.sensitivity if e.input == "state"]
-    assert state.untried == "it is near its mean already"
+    assert state.untried == "it is already near its mean"
 
 
 def test_the_other_instruction_is_a_known_one_or_made_up(demo, make_policy):
@@ -308,7 +308,7 @@ def test_actions_far_outside_are_a_problem_in_the_robots_units(damaged):
     damaged.model.action_out_proj.bias.data[1] += 10
     diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     (message,) = findings(diagnosis, "problem", "actions")
-    assert re.search(r"predicted far outside of .* delta_y from -\d.*\(training data: -1 to 1\)", message)
+    assert re.search(r"predicted far outside .* delta_y from -\d.*\(training data: -1 to 1\)", message)
     check = diagnosis.observation.actions[1]
     assert check.outside == 1
     assert check.excess == pytest.approx((-1 - check.min) / 2, rel=1e-4)
@@ -444,13 +444,13 @@ def test_targets_far_from_recorded_states_are_warned_of(make_policy, kind, range
         embodiment=arm("", kind), norm_stats={"state": of((-1, 1), (-1, 1.05)), "actions": of(*ranges)}
     )
     found = findings(diagnose(policy), "warning", "statistics of actions")
-    assert [message.startswith("elbow is to go from") for message in found] == [True] * is_named
+    assert [message.startswith("elbow ranges from") for message in found] == [True] * is_named
 
 
 def test_statistics_of_another_width_are_warned_of(make_policy):
     policy = make_policy(small_config(action_dim=7), "libero", norm_stats={"state": stats(7), "actions": stats(7)})
     (message,) = findings(diagnose(policy), "warning", "statistics of state")
-    assert message.startswith("they are narrower than the robot: the policy takes 7 of its 8 dimensions")
+    assert message.startswith("they have fewer dimensions than the robot: the policy reads 7 of its 8 dimensions")
     policy = make_policy(norm_stats={"state": stats(2), "actions": stats(3)})
     (message,) = findings(diagnose(policy), "warning")
     assert "they vary beyond the 2 dimensions of two_joints" in message
@@ -512,7 +512,7 @@ def test_a_prompt_that_is_too_long_is_a_problem(demo, make_policy):
     assert prompt.cut
     assert prompt.text.startswith("Task: open the drawer and then close")
     assert (
-        f"the prompt has {prompt.num_tokens} tokens, and the policy reads 64"
+        f"the prompt has {prompt.num_tokens} tokens, but the policy reads only 64"
         in findings(diagnosis, "problem", "prompt")[0]
     )
     assert diagnosis.status == 1

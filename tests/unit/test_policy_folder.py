@@ -731,7 +731,7 @@ def test_actions_that_nothing_has_trained_are_their_mean(kind, wide, tmp_path):
         policy = load(tmp_path / "again")
     assert policy.metadata["untrained_actions"] == ["d"]
     (finding,) = [found for found in diagnose(policy).findings if found.about == "actions"]
-    assert (finding.level, finding.message[:22]) == ("problem", "nothing has trained d:")
+    assert (finding.level, finding.message[:13]) == ("problem", "untrained: d.")
     observation = policy.example_observation()
     noises = np.random.default_rng(0).standard_normal((2, 4, 4), np.float32)
     first, second = (policy.infer(observation, noise=noise)["actions"] for noise in noises)

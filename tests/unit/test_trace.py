@@ -300,7 +300,7 @@ def test_golden_batch_and_checkpoint_without_sizes(golden):
     assert abs(stats["11", "loss"].mean - golden.outputs["loss"].mean().item()) <= 2e-5
     assert not trace.mask.diagonal().all()  # its padding is in the mask that is drawn
     bare = trace_forward(find_inputs(str(golden.checkpoint), Shapes(batch=1)))
-    assert any("does not say action_horizon 50" in note for note in bare.inputs.notes)
+    assert any("default: action_horizon 50" in note for note in bare.inputs.notes)
     assert any("random numbers" in note for note in bare.inputs.notes)
     length = 200 if golden.kind == "pi05" else 48
     assert next(entry.shape for entry in bare.entries if entry.name == "tokenized_prompt") == (1, length)
@@ -338,7 +338,7 @@ def test_dataset_gives_observation_and_actions(policy, tmp_path):
     assert any("frame 3 of episode 1" in note for note in trace.inputs.notes)
     assert not any("--dataset" in note for note in trace.inputs.notes)
     without = find_inputs("demo", Shapes(batch=1), Source(demo=observation))
-    assert any("The loss is of a chunk that the model sampled itself" in note for note in without.notes)
+    assert any("The loss is computed for a chunk sampled by the model itself" in note for note in without.notes)
     frames = LeRobotDataset(tmp_path / "set", action_horizon=16, episodes=[1])
     chunk = policy.transforms.inverse(inputs.actions[0].numpy(), action_size=len(names))
     np.testing.assert_allclose(chunk, frames[3]["action"], atol=1e-5)
@@ -466,7 +466,7 @@ def test_observation_for_a_bare_checkpoint_is_an_error(golden, tmp_path):
         run_trace([str(golden.checkpoint)], Shapes(), Source(tmp_path / name))
 
     np.savez(tmp_path / "x.npz", state=np.zeros(3), prompt="go")
-    with pytest.raises(ValueError, match="bare checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint that does not state its robot"):
         run("x.npz")
     with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
         run("missing.npz")
@@ -479,7 +479,7 @@ def test_observation_for_a_bare_checkpoint_is_an_error(golden, tmp_path):
 
 
 def test_inputs_of_a_preset_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="traced by its sizes alone"):
+    with pytest.raises(ValueError, match="is a preset, traced without weights"):
         run_trace(["pi05"], Shapes(), Source(dataset="some/set"))
     with pytest.raises(ValueError, match="not from both"):
         Source(tmp_path / "x.npz", "some/set")
@@ -496,4 +496,4 @@ def test_options_of_a_policy_are_refused_for_a_preset(capsys):
     with pytest.raises(SystemExit):
         main(["trace", "tiny_pi0", "--embodiment", "aloha", "--default-prompt", "wave"])
     error = capsys.readouterr().err
-    assert "traced by its sizes alone, where --embodiment, --default-prompt would change nothing" in error
+    assert "traced without weights; --embodiment, --default-prompt would have no effect" in error

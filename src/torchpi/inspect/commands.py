@@ -1,4 +1,4 @@
-"""The commands trace, doctor and compare: one JSON document on stdout, or tables for people."""
+"""Implementation of the trace, doctor and compare commands: a JSON document on stdout, or tables."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from torchpi.ui.tables import PlainConsole
 
 
 def plain_console(width: int = 120) -> Console:
-    """A console of plain text, so wide where stdout is no terminal."""
+    """Console without markup; `width` applies if stdout is not a terminal."""
     return PlainConsole(width=None if sys.stdout.isatty() else width)
 
 
@@ -41,35 +41,35 @@ def run_trace(
     as_json: bool = False,
     **load: Any,
 ) -> None:
-    """Trace one target, or compare two, and print it; `source` is the first one's."""
+    """Trace one target, or compare two; `source` belongs to the first one."""
     if len(targets) not in (1, 2):
         raise UsageError(f"Expected one target, or two with --compare, got {len(targets)}: {', '.join(targets)}.")
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        sources = (source, dataclasses.replace(source, inputs=None, dataset=None))
-        traces = [
-            trace_forward(find_inputs(target, shapes, its_source, **load))
-            for target, its_source in zip(targets, sources, strict=False)
-        ]
+        trace = trace_forward(find_inputs(targets[0], shapes, source, **load))
+        other = None
+        if len(targets) == 2:
+            without_input = dataclasses.replace(source, inputs=None, dataset=None)
+            other = trace_forward(find_inputs(targets[1], shapes, without_input, **load))
         if html is not None:
             from torchpi.inspect.page import render_page
 
-            replace_text(html, render_page(*traces))
+            replace_text(html, render_page(trace, other))
     if as_json:
-        print_json([entry.to_json() for entry in traces[0].entries] if len(traces) == 1 else _comparison(*traces))
-    elif len(traces) == 1:
-        print_trace(traces[0], plain_console(160 if traces[0].values else 120))
+        print_json([entry.to_json() for entry in trace.entries] if other is None else _comparison_json(trace, other))
+    elif other is None:
+        print_trace(trace, plain_console(160 if trace.values else 120))
     else:
-        print_comparison(traces[0], traces[1], plain_console())
+        print_comparison(trace, other, plain_console())
     if html is not None:
         print(f"wrote {html}", file=sys.stderr if as_json else sys.stdout)
 
 
-def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
+def _comparison_json(left: Trace, right: Trace) -> dict[str, Any]:
     def rows(tables: Mapping[str, Sequence[Pair]], key: str) -> list[dict[str, str]]:
         return [{key: title, **row._asdict()} for title, table in tables.items() for row in table]
 
-    sides = {
-        side: {
+    def side(trace: Trace) -> dict[str, Any]:
+        return {
             "title": trace.inputs.title,
             "facts": {name: text for part in facts(trace).values() for name, text in part.items()},
             "kv_cache_bytes": trace.cache_bytes,
@@ -77,12 +77,12 @@ def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
             "agreement": [pair._asdict() for pair in trace.values.agreement] if trace.values else None,
             "entries": [entry.to_json() for entry in trace.entries],
         }
-        for side, trace in (("left", left), ("right", right))
-    }
+
     return {
         "facts": rows(compare_facts(left, right), "kind"),
         "steps": rows(compare_steps(left, right), "step"),
-        **sides,
+        "left": side(left),
+        "right": side(right),
     }
 
 
@@ -94,7 +94,7 @@ def run_doctor(
     as_json: bool = False,
     **load: Any,
 ) -> int:
-    """Examine a policy and print the diagnosis; the exit status is 1 if there is a problem."""
+    """Diagnose a policy and print the result; returns exit status 1 if there is a problem."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = None if observation is None else read_npz(observation)
         policy = load_policy(path, engine="eager", **load)
@@ -119,28 +119,31 @@ def run_compare(
     verify: bool = True,
     **load: Any,
 ) -> int:
-    """Compare two policies and print the comparison; the exit status is 1 if they differ.
+    """Compare two policies and print the result; returns exit status 1 if they differ.
 
-    A policy folder states everything, and does not take the options of `load`; at least one of the two has to.
+    The options in `load` apply to checkpoints, not to policy folders, which are complete by themselves. Options for
+    LoRA or doubled embeddings apply only to a checkpoint that has these, if either has.
     """
-    takers = [path for path in (a, b) if not is_policy_folder(existing_folder(path))]
-    if load and not takers:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in load)
-        raise UsageError(f"{a} and {b} are policy folders, which state everything: leave out {options}.")
-    owners: dict[str, list[str]] = {"lora_alpha": [], "embedding": []}
-    for path in takers if owners.keys() & load.keys() else ():
-        checkpoint = open_checkpoint(path, config=load.get("config"))
-        owners["lora_alpha"] += [path] if checkpoint.folded else []
-        owners["embedding"] += [path] if checkpoint.has_both else []
+    checkpoints = [path for path in (a, b) if not is_policy_folder(existing_folder(path))]
+    if load and not checkpoints:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in load)
+        raise UsageError(f"{a} and {b} are policy folders, which are complete; omit {names}.")
+    targets: dict[str, list[str]] = {"lora_alpha": [], "embedding": []}
+    if targets.keys() & load.keys():
+        for path in checkpoints:
+            checkpoint = open_checkpoint(path, config=load.get("config"))
+            targets["lora_alpha"] += [path] if checkpoint.folded else []
+            targets["embedding"] += [path] if checkpoint.has_both else []
 
-    def loaded(path: str) -> Policy:
-        own = {name: value for name, value in load.items() if path in (owners.get(name) or takers)}
-        more = {"emulate_fp8": emulate_fp8, "verify": verify, **(own if path in takers else {})}
-        return load_policy(path, device=device, dtype=dtype, engine="eager", **more)
+    def load_side(path: str) -> Policy:
+        options: dict[str, Any] = {"emulate_fp8": emulate_fp8, "verify": verify}
+        if path in checkpoints:
+            options |= {name: value for name, value in load.items() if path in (targets.get(name) or checkpoints)}
+        return load_policy(path, device=device, dtype=dtype, engine="eager", **options)
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = read_npz(observation)
-        comparison = compare_policies(loaded(a), loaded(b), request, tolerance=tolerance)
+        comparison = compare_policies(load_side(a), load_side(b), request, tolerance=tolerance)
     if as_json:
         print_json({"a": str(a), "b": str(b)} | comparison.to_dict())
     else:

@@ -1,4 +1,4 @@
-"""The first stage in which two policies differ, on one observation and the same noise."""
+"""Stage-by-stage comparison of two policies on one observation and the same noise."""
 
 import dataclasses
 import itertools
@@ -20,10 +20,10 @@ from torchpi.randomness import generator_at
 from torchpi.ui.format import format_shape, without_nan
 
 TOLERANCE = 1e-4
-"""Relative to a stage's largest value; float32 keeps some 1e-6 through all layers."""
+"""Relative to a stage's largest value. In float32, rounding through all layers adds up to about 1e-6."""
 
-# Fields of an embodiment that identify it and compute nothing.
-_NAMES = ("name", "asset_id", "metadata")
+_LABELS = ("name", "asset_id", "metadata")
+"""Fields of an embodiment that do not affect any computation."""
 
 _STAGES = {
     r"0 cameras": "cameras",
@@ -40,7 +40,7 @@ _STAGES = {
     r"inference action_chunk": "action chunk, normalized",
     r"inference robot_actions": "actions, robot's units",
 }
-"""The compared stages, and their names in a comparison."""
+"""Compared stages: pattern of "step name", and name in a comparison."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,46 +50,46 @@ class ComparedStage:
     name: str
     differs: bool
     message: str = ""
-    """The difference, if it is none of numbers."""
+    """Description of a difference that is not numerical."""
     shape: tuple[int, ...] | None = None
-    """In both; None: a text, or the shapes differ."""
+    """Shape in both policies; None for a text, or if the shapes differ."""
     max_abs: float | None = None
-    """Largest absolute difference; None: not numbers of one shape."""
+    """Largest absolute difference; None if the values are not arrays of one shape."""
     scale: float | None = None
-    """Largest absolute value in either."""
+    """Largest absolute value in either policy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two policies, called A and B."""
+    """Comparison of two policies, called A and B."""
 
     tolerance: float
     settings: tuple[str, ...]
-    """Differences of their configurations, one line each."""
+    """Differences in their configurations, one line each."""
     stages: tuple[ComparedStage, ...]
-    """In the order of the computation."""
+    """Stages in the order of computation."""
     stopped: tuple[str, ...] = ()
-    """Errors that ended the computation of one of them."""
+    """Errors that ended the computation of a policy."""
 
     @property
     def first_difference(self) -> str | None:
-        """The name of the first stage that differs."""
+        """Name of the first stage that differs."""
         return next((stage.name for stage in self.stages if stage.differs), None)
 
     @property
     def same(self) -> bool:
-        """True if settings and stages agree."""
+        """True if all settings and stages agree."""
         return not self.settings and not self.stopped and self.first_difference is None
 
     @property
     def status(self) -> int:
-        """0 if they agree, else 1."""
+        """Exit status: 0 if the policies agree, else 1."""
         return int(not self.same)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; numbers that are not finite are None."""
-        found = {"same": self.same, "first_difference": self.first_difference, "status": self.status}
-        return dict(without_nan(found | dataclasses.asdict(self)))
+        """JSON document; non-finite numbers become None."""
+        verdict = {"same": self.same, "first_difference": self.first_difference, "status": self.status}
+        return dict(without_nan(verdict | dataclasses.asdict(self)))
 
 
 def compare_policies(
@@ -103,49 +103,48 @@ def compare_policies(
 ) -> Comparison:
     """Compare the stages of two policies on one observation.
 
-    Padding, of prompt, state and absent cameras, is left out: it changes no result. If horizon or action_dim differ,
-    each policy gets its part of the same noise.
+    Padding of the prompt and the state, and absent cameras, are not compared, because they affect no result. If the
+    policies differ in horizon or action_dim, each gets its slice of the same noise.
 
     Args:
-        observation: of the robot, nested, or flat with '.' between the keys.
-        tolerance: a stage differs if its largest difference is above this, times its largest value.
-        num_steps: Euler steps.
-        seed: of the noise.
+        observation: the robot's observation, nested, or flat with '.' between the keys.
+        tolerance: a stage differs if its largest difference exceeds `tolerance` times its largest value.
+        num_steps: number of Euler steps.
+        seed: random seed for the noise.
 
     Raises:
-        ValueError: neither can read the observation; neither states its action_horizon; a tolerance below 0.
+        ValueError: neither policy can read the observation, neither states its action_horizon, or the tolerance is
+            negative.
     """
     if not tolerance >= 0:
         raise UsageError(f"tolerance must not be negative, got {tolerance}.")
-    configs = a.model.config, b.model.config
-    stated = [config.action_horizon for config in configs if config.action_horizon is not None]
-    horizons = [config.action_horizon or (stated or [configs[0].require("action_horizon")])[0] for config in configs]
-    shape = max(horizons), max(config.action_dim for config in configs)
+    config_a, config_b = a.model.config, b.model.config
+    horizon_a = config_a.action_horizon or config_b.action_horizon or config_a.require("action_horizon")
+    horizon_b = config_b.action_horizon or horizon_a
+    shape = max(horizon_a, horizon_b), max(config_a.action_dim, config_b.action_dim)
     noise = generator_at(seed, "compare").standard_normal(shape).astype(np.float32)
-    (ours, our_end), (theirs, their_end) = (
-        _stages_of(policy, observation, noise[:horizon, : policy.model.config.action_dim], num_steps)
-        for policy, horizon in zip((a, b), horizons, strict=True)
-    )
-    if not ours and not theirs:
-        raise UsageError(f"Neither policy can read the observation. A: {our_end} B: {their_end}")
-    names = list(ours)
-    for before, name in itertools.pairwise(["", *theirs]):  # each behind the one that it follows in its own order
-        if name not in ours:
-            names.insert(names.index(before) + 1 if before else 0, name)
+    stages_a, error_a = _stages_of(a, observation, noise[:horizon_a, : config_a.action_dim], num_steps)
+    stages_b, error_b = _stages_of(b, observation, noise[:horizon_b, : config_b.action_dim], num_steps)
+    if not stages_a and not stages_b:
+        raise UsageError(f"Neither policy can read the observation. A: {error_a} B: {error_b}")
+    names = list(stages_a)
+    for previous, name in itertools.pairwise(["", *stages_b]):  # insert stages of B alone after their predecessor
+        if name not in stages_a:
+            names.insert(names.index(previous) + 1 if previous else 0, name)
     return Comparison(
         tolerance,
         tuple(_differences(_settings(a), _settings(b))),
-        tuple(_compare(name, ours.get(name), theirs.get(name), tolerance) for name in names),
-        tuple(f"{side} stopped: {end}" for side, end in (("A", our_end), ("B", their_end)) if end),
+        tuple(_compare(name, stages_a.get(name), stages_b.get(name), tolerance) for name in names),
+        tuple(f"{side} stopped: {error}" for side, error in (("A", error_a), ("B", error_b)) if error),
     )
 
 
 def _stages_of(
     policy: Policy, observation: Mapping[str, Any], noise: Float32[np.ndarray, "H A"], num_steps: int
 ) -> tuple[dict[str, Any], str]:
-    """The compared stages by name, without padding and batch axis; and the error that ended them, or ""."""
-    found: dict[str, Any] = {}
-    present: list[str] = []
+    """Compared stages by name, without padding and batch dimension, and the error that ended the computation or ""."""
+    stages: dict[str, Any] = {}
+    present: list[str] = []  # cameras
     try:
         inputs = inputs_of_policy(policy, Shapes(batch=1), observation, noise=noise)
         for stage in forward_stages(inputs, training=False, num_steps=num_steps):
@@ -159,43 +158,43 @@ def _stages_of(
             if isinstance(value, Tensor):
                 value = value[0][valid] if name.startswith(("prefix", "cache")) else value[0]
                 value = value.float().cpu().numpy()
-            found[name] = value
+            stages[name] = value
     except (KeyError, ValueError) as error:
-        return found, str(error.args[0])
-    return found, ""
+        return stages, str(error.args[0])
+    return stages, ""
 
 
 def _name_of(stage: Stage) -> str | None:
-    where = f"{stage.step} {stage.name}"
-    matches = ((re.fullmatch(pattern, where), name) for pattern, name in _STAGES.items())
-    return next((match.expand(name) for match, name in matches if match), None)
+    for pattern, name in _STAGES.items():
+        if match := re.fullmatch(pattern, f"{stage.step} {stage.name}"):
+            return match.expand(name)
+    return None
 
 
-def _compare(name: str, one: Any, other: Any, tolerance: float) -> ComparedStage:
-    """One stage; None: the policy did not reach it."""
-    if one is None or other is None:
-        return ComparedStage(name, True, f"only {'A' if other is None else 'B'} has it")
-    if isinstance(one, str) or isinstance(other, str):
-        return ComparedStage(name, one != other, "" if one == other else f"A {one!r}, B {other!r}")
-    if one.shape != other.shape:
-        shapes = f"shapes differ: A {format_shape(one.shape)}, B {format_shape(other.shape)}"
-        return ComparedStage(name, True, shapes)
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity from infinity
-        largest = float(abs(a - b).max(initial=0))  # a state may have no dimensions
+def _compare(name: str, a: Any, b: Any, tolerance: float) -> ComparedStage:
+    """Compare a stage's values in A and B; None if the policy did not reach it."""
+    if a is None or b is None:
+        return ComparedStage(name, True, f"only {'A' if b is None else 'B'} has it")
+    if isinstance(a, str) or isinstance(b, str):
+        return ComparedStage(name, a != b, "" if a == b else f"A {a!r}, B {b!r}")
+    if a.shape != b.shape:
+        return ComparedStage(name, True, f"shapes differ: A {format_shape(a.shape)}, B {format_shape(b.shape)}")
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity − infinity
+        max_abs = float(abs(a - b).max(initial=0))  # a state may have no dimensions
     scale = float(max(abs(a).max(initial=0), abs(b).max(initial=0)))
-    broken = [side for side, values in (("A", a), ("B", b)) if not np.isfinite(values).all()]
-    message = f"NaN or infinity in {listed(broken)}" if broken else ""
-    return ComparedStage(name, bool(broken) or largest > tolerance * scale, message, one.shape, largest, scale)
+    not_finite = [side for side, values in (("A", a), ("B", b)) if not np.isfinite(values).all()]
+    message = f"NaN or infinity in {listed(not_finite)}" if not_finite else ""
+    return ComparedStage(name, bool(not_finite) or max_abs > tolerance * scale, message, a.shape, max_abs, scale)
 
 
 def _settings(policy: Policy) -> dict[str, Any]:
-    transforms = policy.transforms
+    transforms, quantization = policy.transforms, quantization_of(policy.model)
     return {
         "model": policy.model.config.to_dict(),
         "dtype": str(policy.model.compute_dtype).removeprefix("torch."),
-        "quantization": None if (found := quantization_of(policy.model)) is None else found.kind,
-        "embodiment": {name: value for name, value in policy.embodiment.to_dict().items() if name not in _NAMES},
+        "quantization": quantization and quantization.kind,
+        "embodiment": {name: value for name, value in policy.embodiment.to_dict().items() if name not in _LABELS},
         "normalization": {key: dataclasses.asdict(transforms.normalization[key]) for key in ("state", "actions")},
         "prompt": {
             "default": policy.default_prompt,
@@ -208,17 +207,19 @@ def _settings(policy: Policy) -> dict[str, Any]:
     }
 
 
-def _differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
-    """A line for each leaf in which two trees differ."""
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        one, other = ({str(i): part for i, part in enumerate(side)} for side in (one, other))
-    if isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other):
-        for name in one:
-            yield from _differences(one[name], other[name], f"{where}.{name}" if where else name)
-    elif one != other:
-        yield f"{where}: {_short(one)} in A, {_short(other)} in B"
+def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """One line for each leaf in which two trees differ."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict) and set(a) == set(b):
+        for key in a:
+            yield from _differences(a[key], b[key], f"{path}.{key}" if path else str(key))
+    elif a != b:
+        yield f"{path}: {_short(a)} in A, {_short(b)} in B"
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{len(value)} entries" if isinstance(value, list) else f"{text[:57]}…"
+    if len(text) <= 60:
+        return text
+    return f"{len(value)} entries" if isinstance(value, list) else f"{text[:57]}…"

@@ -1,4 +1,4 @@
-"""Views of a look at a dataset: text, and a page that needs nothing else, whose texts are in assets/dataset.html."""
+"""Output of a dataset inspection: terminal text, and a self-contained page with texts from assets/dataset.html."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,81 +23,91 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_POINTS = 240
-"""Points of a curve on the page."""
-_LISTED = 30
-"""Rows of a list on the page and in the text, of tasks and jumps."""
+"""Maximum points of a curve on the page."""
+_MAX_ROWS = 30
+"""Maximum listed tasks and jumps."""
 
 
-def render_dataset_page(found: Inspection) -> str:
-    """HTML of what was found."""
-    name, frames = Path(found.path).name, sum(found.lengths)
-    problems = definitions((problem.subject, problem.text) for problem in found.problems) if found.problems else ""
-    lengths = _plot("Lengths", "frames of each episode", "episode", {"prefix": found.lengths})
+def render_dataset_page(inspection: Inspection) -> str:
+    """Render the page of an inspection."""
+    name, frames = Path(inspection.path).name, sum(inspection.lengths)
+    problems = inspection.problems
+    lengths = _plot("Lengths", "frames of each episode", "episode", {"prefix": inspection.lengths})
     sections: dict[str, dict[str, object]] = {
-        "problems": {"list": problems, "none": not found.problems},
-        "cameras": {"note": escape(_cameras(found)), "cameras": "".join(map(_pictures, found.cameras))},
-        "dimensions": {key: _dimensions(getattr(found, key)).to_html() for key in ("state", "actions")},
-        "motion": {"figures": "".join(_motion(found)), "jumps": _jumps(found).to_html() if found.jumps else ""},
-        "episodes": {"lengths": lengths, "tasks": _tasks(found).to_html()},
-        "next": {"path": escape(shlex.quote(found.path))},
+        "problems": {
+            "list": definitions((problem.subject, problem.text) for problem in problems) if problems else "",
+            "none": not problems,
+        },
+        "cameras": {
+            "note": escape(_describe_cameras(inspection)),
+            "cameras": "".join(map(_camera_html, inspection.cameras)),
+        },
+        "dimensions": {key: _dimensions_table(getattr(inspection, key)).to_html() for key in ("state", "actions")},
+        "motion": {
+            "figures": "".join(_motion_plots(inspection)),
+            "jumps": _jumps_table(inspection).to_html() if inspection.jumps else "",
+        },
+        "episodes": {"lengths": lengths, "tasks": _tasks_table(inspection).to_html()},
+        "next": {"path": escape(shlex.quote(inspection.path))},
     }
     tiles = [
-        (format_count(len(found.lengths)), "episodes"),
+        (format_count(len(inspection.lengths)), "episodes"),
         (format_count(frames), "frames"),
-        (f"{frames / found.fps / 60:.1f} min", "of recording"),
-        (f"{found.fps:g} Hz", "frames per second"),
-        (format_count(len(found.tasks)), "tasks"),
-        (format_count(len(found.problems)), "to look at"),
+        (f"{frames / inspection.fps / 60:.1f} min", "of recording"),
+        (f"{inspection.fps:g} Hz", "frames per second"),
+        (format_count(len(inspection.tasks)), "tasks"),
+        (format_count(len(problems)), "problems to check"),
     ]
     return html_page(
         f"{name}: a dataset",
-        header=page_header(f"torchpi data inspect {found.path}", name, _summary(found), tiles=tiles),
+        header=page_header(f"torchpi data inspect {inspection.path}", name, _summary(inspection), tiles=tiles),
         sections=[page_section("dataset.html", section, values) for section, values in sections.items()],
-        footer="guesses are for people to confirm; nothing of the dataset was changed",
+        footer="please confirm the guesses; the dataset was not changed",
     )
 
 
-def print_inspection(found: Inspection, console: Console) -> None:
-    """Print what was found."""
-    console.print(Text(f"{found.path}\n{_summary(found)}\nCameras: {_cameras(found)}"), soft_wrap=True)
-    for title, dimensions in (("state", found.state), ("action", found.actions)):
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Print an inspection."""
+    summary = f"{inspection.path}\n{_summary(inspection)}\nCameras: {_describe_cameras(inspection)}"
+    console.print(Text(summary), soft_wrap=True)
+    for title, dimensions in (("state", inspection.state), ("action", inspection.actions)):
         if dimensions:
-            console.print(_dimensions(dimensions, title, reasons=False).to_rich(), crop=False)
-    console.print(_tasks(found).to_rich(), crop=False)
-    for problem in found.problems:
+            console.print(_dimensions_table(dimensions, title, reasons=False).to_rich(), crop=False)
+    console.print(_tasks_table(inspection).to_rich(), crop=False)
+    for problem in inspection.problems:
         console.print(Text.assemble((problem.subject, "yellow"), f": {problem.text}"), soft_wrap=True)
-    if not found.problems:
-        console.print("Nothing to look at was found.")
+    if not inspection.problems:
+        console.print("No problems were found.")
 
 
-def _summary(found: Inspection) -> str:
-    robot = f" of {found.robot_type}" if found.robot_type else ""
-    clock = "" if found.clock_fps is None else f" ({found.clock_fps:.4g} by the timestamps)"
-    lengths = np.array(found.lengths) / found.fps
-    idle = "" if found.idle_share is None else f" {found.idle_share:.1%} of the frames are idle."
+def _summary(inspection: Inspection) -> str:
+    robot = f" of {inspection.robot_type}" if inspection.robot_type else ""
+    clock = "" if inspection.clock_fps is None else f" ({inspection.clock_fps:.4g} by the timestamps)"
+    lengths = np.array(inspection.lengths) / inspection.fps
+    idle = "" if inspection.idle_share is None else f" {inspection.idle_share:.1%} of the frames are idle."
     return (
-        f"Format {found.version}{robot}, {found.fps:g} frames per second{clock}; episodes of {lengths.min():.1f} to "
-        f"{lengths.max():.1f} s, median {np.median(lengths):.1f} s.{idle}"
+        f"Format {inspection.version}{robot}, {inspection.fps:g} frames per second{clock}; episodes of "
+        f"{lengths.min():.1f} to {lengths.max():.1f} s, median {np.median(lengths):.1f} s.{idle}"
     )
 
 
-def _cameras(found: Inspection) -> str:
+def _describe_cameras(inspection: Inspection) -> str:
     texts = []
-    for camera in found.cameras:
+    for camera in inspection.cameras:
         depths = "" if camera.depths is None else f", {camera.depths[0]:.2f} to {camera.depths[1]:.2f} m"
         rate = "" if camera.video_fps is None else f", {camera.video_fps:g} frames per second"
         texts.append(f"{camera.key} {' × '.join(map(str, camera.shape))} ({camera.kind}{depths}{rate})")
     return f"{'; '.join(texts) or 'no cameras'}."
 
 
-def _pictures(camera: CameraFacts) -> str:
-    small = ((place, resize_with_pad(as_picture(image), 224, 224)) for place, image in camera.pictures.items())
-    return (
-        f'<h3 class="gap">{escape(camera.key)}</h3>{camera_images((place, data_uri(image)) for place, image in small)}'
+def _camera_html(camera: CameraFacts) -> str:
+    images = (
+        (title, data_uri(resize_with_pad(as_picture(image), 224, 224))) for title, image in camera.pictures.items()
     )
+    return f'<h3 class="gap">{escape(camera.key)}</h3>{camera_images(images)}'
 
 
-def _dimensions(dimensions: Sequence[Dimension], title: str = "dimension", *, reasons: bool = True) -> Table:
+def _dimensions_table(dimensions: Sequence[Dimension], title: str = "dimension", *, reasons: bool = True) -> Table:
     guesses = ["unit?", "command?"] if any(dim.command for dim in dimensions) else ["unit?"]
     columns = [Column(title, "name"), *(Column(text, "number") for text in ("min", "1 %", "99 %", "max"))]
     columns += [*map(Column, guesses), *([Column("because", "soft")] if reasons else [])]
@@ -110,39 +120,40 @@ def _dimensions(dimensions: Sequence[Dimension], title: str = "dimension", *, re
     return Table(columns, rows)
 
 
-def _tasks(found: Inspection) -> Table:
-    rows = [(format_count(count), task) for task, count in found.tasks.items()]
-    more = [("", f"and {len(rows) - _LISTED} more")] if len(rows) > _LISTED else []
-    return Table([Column("episodes", "number"), Column("task")], rows[:_LISTED] + more)
+def _tasks_table(inspection: Inspection) -> Table:
+    rows = [(format_count(count), task) for task, count in inspection.tasks.items()]
+    if len(rows) > _MAX_ROWS:
+        rows = [*rows[:_MAX_ROWS], ("", f"and {len(rows) - _MAX_ROWS} more")]
+    return Table([Column("episodes", "number"), Column("task")], rows)
 
 
-def _jumps(found: Inspection) -> Table:
+def _jumps_table(inspection: Inspection) -> Table:
     columns = [Column("dimension", "name"), *(Column(text, "number") for text in ("episode", "frame", "from", "to"))]
     rows = [
         (jump.dimension, str(jump.episode), str(jump.frame), format_number(jump.before), format_number(jump.after))
-        for jump in found.jumps[:_LISTED]
+        for jump in inspection.jumps[:_MAX_ROWS]
     ]
     return Table(columns, rows)
 
 
-def _motion(found: Inspection) -> Iterator[str]:
-    """A plot per name of a dimension, of the episode of median length."""
-    if found.dataset is None:
+def _motion_plots(inspection: Inspection) -> Iterator[str]:
+    """Plots of state and action by dimension name, for the episode of median length."""
+    dataset = inspection.dataset
+    if dataset is None:
         return
-    lengths = found.dataset.episode_lengths
-    chosen = int(np.argsort(lengths)[len(lengths) // 2])
-    rows = found.dataset.episode_rows[chosen]
-    columns = {"prefix": (lerobot.STATE, found.state), "suffix": (lerobot.ACTION, found.actions)}
-    curves: dict[str, dict[str, np.ndarray]] = {}
+    episode = int(np.argsort(dataset.episode_lengths)[len(dataset.episode_lengths) // 2])
+    rows = dataset.episode_rows[episode]
+    columns = {"prefix": (lerobot.STATE, inspection.state), "suffix": (lerobot.ACTION, inspection.actions)}
+    curves: dict[str, dict[str, np.ndarray]] = {}  # dimension name → color → values
     for color, (column, dimensions) in columns.items():
-        for dimension, values in zip(dimensions, found.dataset.columns[column][rows].T, strict=True):
+        for dimension, values in zip(dimensions, dataset.columns[column][rows].T, strict=True):
             curves.setdefault(dimension.name, {}).setdefault(color, values)
-    for name, of_name in curves.items():
-        yield _plot(name, f"episode {found.dataset.episode_indices[chosen]}", "frame", of_name)
+    for name, by_color in curves.items():
+        yield _plot(name, f"episode {dataset.episode_indices[episode]}", "frame", by_color)
 
 
 def _plot(title: str, note: str, x: str, curves: Mapping[str, Sequence[int] | np.ndarray]) -> str:
-    """A plot of values by their number, one curve per colour."""
+    """Plot of values over their index, one curve per color."""
 
     def draw(drawing: "Figure") -> None:
         axes = drawing.add_subplot()
@@ -151,4 +162,4 @@ def _plot(title: str, note: str, x: str, curves: Mapping[str, Sequence[int] | np
             axes.plot(shown, np.asarray(values)[shown], color=COLORS[color])
         label_axes(axes, x=x)
 
-    return figure(title, note, to_svg(draw_figure(draw, size=(5.4, 2.2)), f"{title}: {note}. Along: {x}."))
+    return figure(title, note, to_svg(draw_figure(draw, size=(5.4, 2.2)), f"{title}: {note}. x: {x}."))

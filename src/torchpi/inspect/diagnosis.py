@@ -1,4 +1,4 @@
-"""A diagnosis as data: what a policy is, findings, and what an observation shows."""
+"""Data structures of a diagnosis: description of the policy, findings, and checks of an observation."""
 
 import dataclasses
 from typing import Any, Literal
@@ -13,18 +13,18 @@ from torchpi.ui.format import without_nan
 
 Level = Literal["problem", "warning", "note"]
 IGNORED_BELOW = 0.02
-"""An input that moves the chunk by less than a fiftieth of the effect of noise cannot steer the robot."""
+"""An input counts as ignored if changing it moves the chunk by less than a fiftieth of the effect of noise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A remark on a policy or an observation: the finding, the expectation and the advice."""
+    """Finding about a policy or an observation, with the expectation and advice."""
 
     level: Level
-    """ "problem": a robot would misbehave, or gets no actions; "warning": look at it before the robot moves; "note":
-    unusual, and harmless by itself."""
+    """ "problem": the robot would misbehave or get no actions; "warning": check before the robot moves; "note": unusual
+    but harmless by itself."""
     about: str
-    """Its subject: "weights", "camera base_0_rgb", "statistics of state", …"""
+    """Subject: "weights", "camera base_0_rgb", "statistics of state", …"""
     message: str
 
 
@@ -35,15 +35,15 @@ class Rule:
     level: Level
     message: str
     beyond: float | None = None
-    """Least distance from the range, of rules about distances."""
+    """Threshold of a rule about distances from the range."""
 
 
 RULES = msgspec.toml.decode((assets() / "findings.toml").read_bytes(), type=dict[str, Rule])
 
 
-def finding(rule: str, about: str, **found: Any) -> Finding:
-    """The finding of a rule, with what was found."""
-    return Finding(RULES[rule].level, about, RULES[rule].message.format(**found))
+def finding(rule: str, about: str, **values: Any) -> Finding:
+    """Create the finding of a rule; `values` fill its message."""
+    return Finding(RULES[rule].level, about, RULES[rule].message.format(**values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,14 @@ class CameraCheck:
 
     name: str
     key: str | None
-    """In the observation; None: the robot does not have it."""
+    """Key in the observation; None if the robot does not have the camera."""
     presence: str
     found: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class StateCheck:
-    """A dimension of the state, in the model's units, compared with the range of the statistics."""
+    """State dimension in the model's units, compared with the range of the statistics."""
 
     name: str
     unit: str
@@ -67,39 +67,39 @@ class StateCheck:
     low: float
     high: float
     excess: float
-    """Distance from the range, in its widths; 0: inside."""
+    """Distance from the range, relative to its width; 0 inside."""
     outside: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptCheck:
-    """The prompt as the model reads it, whole, before anything is cut."""
+    """The whole prompt as the model reads it, before truncation."""
 
     text: str
     num_tokens: int
     max_token_len: int | None
-    """None: the policy does not state it, and nothing is cut."""
+    """None if the policy does not state a limit; nothing is then truncated."""
     cut: bool
-    """There are more tokens than the policy takes."""
+    """True if the prompt exceeds the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ActionCheck:
-    """A dimension of the predicted actions, in the robot's units, compared with the range of the training data."""
+    """Dimension of the predicted actions in the robot's units, compared with the range of the training data."""
 
     name: str
     unit: str
     kind: str
     min: float
-    """Smallest value over all actions of the chunks and all noise seeds."""
+    """Smallest value over all actions of all chunks."""
     max: float
     low: float
-    """Lower end of the range; a delta's is added to this observation's state."""
+    """Lower end of the range; for a delta, added to this observation's state."""
     high: float
     outside: float
-    """Share of the actions outside of the range."""
+    """Fraction of the actions outside the range."""
     excess: float
-    """Distance of the farthest from the range, in its widths; 0: all are inside."""
+    """Largest distance from the range, relative to its width; 0 if all actions are inside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,24 +109,24 @@ class Sensitivity:
     input: str
     change: str
     moves: float | None
-    """In units of the chunk's own spread, see `torchpi.inspect.sensitivity`; None: could not be tried."""
+    """Movement relative to the chunk's spread, see `torchpi.inspect.sensitivity`; None if it was not tried."""
     untried: str = ""
-    """The reason."""
+    """Reason why it was not tried."""
 
     @property
     def is_ignored(self) -> bool:
-        """The input cannot steer the robot."""
+        """True if the input cannot affect the robot."""
         return self.moves is not None and self.moves < IGNORED_BELOW
 
 
 @dataclasses.dataclass
 class ObservationCheck:
-    """One observation in a policy; what could not be reached is empty or None."""
+    """Checks of one observation; checks that were not reached are empty or None."""
 
     cameras: tuple[CameraCheck, ...]
     state: tuple[StateCheck, ...] = ()
     state_outside: float | None = None
-    """Share of the state's dimensions outside of their range."""
+    """Fraction of the state's dimensions outside their range."""
     prompt: PromptCheck | None = None
     actions: tuple[ActionCheck, ...] = ()
     spread: float | None = None
@@ -136,33 +136,34 @@ class ObservationCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """A policy, findings, and what an observation shows."""
+    """Diagnosis of a policy, optionally with an observation."""
 
     policy: dict[str, Any]
-    """See `describe`."""
+    """Description of the policy, see `describe`."""
     findings: tuple[Finding, ...]
-    """The worst first."""
+    """Findings, most severe first."""
     observation: ObservationCheck | None = None
 
     @property
     def status(self) -> int:
-        """1 if there is a problem, else 0."""
+        """Exit status: 1 if there is a problem, else 0."""
         return int(any(finding.level == "problem" for finding in self.findings))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; numbers that are not finite are None."""
+        """JSON document; non-finite numbers become None."""
         return dict(without_nan(dataclasses.asdict(self) | {"status": self.status}))
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """All that a policy states, as JSON values; None: not stated."""
+    """Describe a policy as a JSON document; settings that it does not state are None."""
     robot, config, transforms = policy.embodiment, policy.model.config, policy.transforms
+    quantization = quantization_of(policy.model)
     names = robot.state_names[: state_dim(policy)]
     return {
         "variant": config.variant,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
         "dtype": str(policy.model.embedding.dtype).removeprefix("torch."),
-        "quantization": None if (found := quantization_of(policy.model)) is None else found.kind,
+        "quantization": quantization and quantization.kind,
         "device": str(policy.model.device),
         "model": config.to_dict(),
         "embodiment": robot.name,
@@ -187,16 +188,20 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def state_input(config: Pi0Config) -> str | None:
-    """The form in which the model reads the state; None: it does not."""
-    forms = ["text in the prompt"] * config.state_in_prompt + ["token of the suffix"] * (not config.pi05)
+    """Form in which the model reads the state; None if it does not."""
+    forms = []
+    if config.state_in_prompt:
+        forms.append("text in the prompt")
+    if not config.pi05:
+        forms.append("token of the suffix")
     return " and ".join(forms) or None
 
 
 def state_dim(policy: Policy) -> int:
-    """Length of the policy's state, of those that its embodiment allows."""
+    """Number of state dimensions that the policy uses; the embodiment may allow several."""
     return len(policy.embodiment.to_model(policy.example_observation())["state"])
 
 
 def state_units(policy: Policy) -> tuple[str, ...]:
-    """Unit of each dimension of the policy's state; "": not stated."""
+    """Unit of each state dimension of the policy; "" if not stated."""
     return policy.embodiment.state_units[: state_dim(policy)]

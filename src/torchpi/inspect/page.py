@@ -1,4 +1,4 @@
-"""A trace as one page that needs nothing else: no script, no request. Its texts are in assets/trace.html."""
+"""Trace as a self-contained HTML page without scripts or requests. Its texts are in assets/trace.html."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -17,7 +17,7 @@ _ROW_COLORS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "ca
 
 
 def render_page(trace: Trace, other: Trace | None = None) -> str:
-    """HTML of a trace; with `other`, of a comparison as well."""
+    """Render the page of a trace, with a comparison if `other` is given."""
     title = f"{trace.inputs.config.variant}: from an observation to an action chunk"
     names = ["flow", "mask", "steps", "parameters"]
     if trace.values is not None:
@@ -26,21 +26,20 @@ def render_page(trace: Trace, other: Trace | None = None) -> str:
     sections = [trace_section(name, trace) for name in names]
     if other is not None:
         sections.append(page_section("trace.html", "compare", _comparison(trace, other)))
-    footer = f"trace {trace.inputs.title} · every shape on this page is that of a tensor of the run"
+    footer = f"trace {trace.inputs.title} · every shape on this page was read from a tensor of the run"
     return html_page(title, header=_header(trace, title), sections=sections, footer=footer)
 
 
 def trace_section(name: str, trace: Trace) -> Section:
-    """A section of the page: flow, mask, steps, parameters; with values also input, denoising, time, agreement."""
-    present = {"pi05" if trace.inputs.config.pi05 else "pi0", "state" if trace.num_groups == 3 else "no state"}
-    present.add("shapes" if trace.values is None else "values")
-    values: dict[str, Any] = _OF_TRACE[name](trace) if name in _OF_TRACE else _OF_VALUES[name](trace, _values(trace))
-    return page_section("trace.html", name, values, present)
-
-
-def _values(trace: Trace) -> Values:
-    assert trace.values is not None
-    return trace.values
+    """Section of the page: flow, mask, steps or parameters; with values also input, denoising, time or agreement."""
+    conditions = {"pi05" if trace.inputs.config.pi05 else "pi0", "state" if trace.num_groups == 3 else "no state"}
+    conditions.add("shapes" if trace.values is None else "values")
+    if name in _TRACE_SECTIONS:
+        values: dict[str, Any] = _TRACE_SECTIONS[name](trace)
+    else:
+        assert trace.values is not None
+        values = _VALUE_SECTIONS[name](trace, trace.values)
+    return page_section("trace.html", name, values, conditions)
 
 
 def _header(trace: Trace, title: str) -> str:
@@ -50,10 +49,10 @@ def _header(trace: Trace, title: str) -> str:
         (f"{trace.sequence_length}", f"tokens: {trace.prefix_tokens} prefix, {trace.suffix_tokens} suffix"),
         (f"{trace.count('layers')}", "layers in each of two experts"),
         (f"{trace.cache_bytes / 1e6:.1f} MB", f"KV cache of one observation, {trace.dtype}"),
-        (f"{trace.count('time_inputs')}", "norms modulated by the time" if pi05 else "layer that the time enters"),
+        (f"{trace.count('time_inputs')}", "norms modulated by the time" if pi05 else "layer that reads the time"),
         (f"{horizon} × {dim}", "action chunk: horizon × action_dim"),
     ]
-    summary = "Every step between a robot's cameras and its next actions, with "
+    summary = "Every step from a robot's cameras to its next actions, with "
     summary += "the tensors of a run of this model." if trace.values else "the shape of every tensor, without weights."
     return page_header(f"torchpi trace {trace.inputs.title}", title, summary, tiles=tiles, notes=trace.inputs.notes)
 
@@ -83,12 +82,12 @@ def _denoising(trace: Trace, values: Values) -> dict[str, Any]:
 
 
 def _time(trace: Trace, values: Values) -> dict[str, Any]:
-    found = {}
+    texts = {}
     for part, norms in values.modulation.items():
-        rms = norms[:-1] if part == "gate" else norms  # the final norm's gate acts on nothing
-        found[part] = modulation_figure(rms, part)
-        found[f"mean_{part}"] = f"Mean {rms[:, 0].mean():.3g} at t = 1, {rms[:, -1].mean():.3g} at t = 0."
-    return found
+        rms = norms[:-1] if part == "gate" else norms  # the final norm's gate is not used
+        texts[part] = modulation_figure(rms, part)
+        texts[f"mean_{part}"] = f"Mean {rms[:, 0].mean():.3g} at t = 1, {rms[:, -1].mean():.3g} at t = 0."
+    return texts
 
 
 def _steps(trace: Trace) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def _table(rows: list[Row], *, with_stats: bool) -> str:
 
 
 def _cells(row: Row, with_stats: bool) -> Iterator[tuple[str, str]]:
-    """Cells of a tensor, each behind its class."""
+    """Cells of a tensor's row, as (CSS class, HTML)."""
     entry = row.entry
     count = f" <small>×{row.repeats}</small>" if row.repeats > 1 else ""
     formula = f'<span class="formula">{escape(entry.formula)}</span>' if entry.formula else ""
@@ -124,15 +123,19 @@ def _cells(row: Row, with_stats: bool) -> Iterator[tuple[str, str]]:
     if with_stats:
         numbers = map(format_number, row.stats) if row.stats else [""] * len(Stats._fields)
         yield from (("num", number) for number in numbers)
-        drawn = row.stats and entry.dtype.startswith(("float", "bfloat"))  # ids and masks have no useful range
-        yield "range", range_bar(row.stats) if row.stats and drawn else ""
+        is_float = entry.dtype.startswith(("float", "bfloat"))  # IDs and masks have no useful range
+        yield "range", range_bar(row.stats) if row.stats and is_float else ""
     yield "where", f'<span class="tag {row.tag}">{row.tag}</span>' if row.tag else ""
 
 
 def _agreement(trace: Trace, values: Values) -> dict[str, Any]:
-    columns = [Column("two computations of the same", "name"), Column("largest difference", "number")]
+    columns = [
+        Column("value, computed in two ways", "name"),
+        Column("largest difference", "number"),
+        Column("largest value", "number"),
+    ]
     rows = [(pair.what, f"{pair.max_abs:.1e}", format_number(pair.scale)) for pair in values.agreement]
-    return {"table": Table([*columns, Column("largest value", "number")], rows).to_html()}
+    return {"table": Table(columns, rows).to_html()}
 
 
 def _parameters(trace: Trace) -> dict[str, Any]:
@@ -141,8 +144,8 @@ def _parameters(trace: Trace) -> dict[str, Any]:
     return {"total": format_count(total), "bars": bars(rows, "prefix")}
 
 
-_OF_TRACE = {"flow": _flow, "mask": _mask, "steps": _steps, "parameters": _parameters}
-_OF_VALUES = {"input": _input, "denoising": _denoising, "time": _time, "agreement": _agreement}
+_TRACE_SECTIONS = {"flow": _flow, "mask": _mask, "steps": _steps, "parameters": _parameters}
+_VALUE_SECTIONS = {"input": _input, "denoising": _denoising, "time": _time, "agreement": _agreement}
 
 
 def _comparison(left: Trace, right: Trace) -> Mapping[str, Any]:
@@ -152,14 +155,14 @@ def _comparison(left: Trace, right: Trace) -> Mapping[str, Any]:
     return {
         "left": names[0],
         "right": names[1],
-        "facts": _pairs(names, compare_facts(left, right).items()),
+        "facts": _pair_tables(names, compare_facts(left, right).items()),
         "diagrams": "".join(f"<h3 class='gap'>{title}: data flow</h3>{flow_diagram(trace)}" for title, trace in titled),
         "masks": "".join(f"<div><h3>{title}: attention mask</h3>{mask_figure(trace)}</div>" for title, trace in titled),
-        "steps": _pairs(names, ((f"{step.id} · {step.title}", steps[step.id]) for step in STEPS)),
+        "steps": _pair_tables(names, ((f"{step.id} · {step.title}", steps[step.id]) for step in STEPS)),
     }
 
 
-def _pairs(titles: Sequence[str], tables: Iterable[tuple[str, list[Pair]]]) -> str:
+def _pair_tables(titles: Sequence[str], tables: Iterable[tuple[str, list[Pair]]]) -> str:
     head = [("", ""), *(("", escape(title)) for title in titles)]
     css = ("name", "shape", "shape")
     return "".join(

@@ -1,12 +1,12 @@
-"""A policy's provenance, which is free; each part that is read here may be absent.
+"""Provenance of a policy. It has no fixed schema; these entries are read here, and each may be absent:
 
-source      of the weights, a text
-tasks       names of the tasks that it was trained on
-recipe      of `torchpi train`, and step, the number of its updates
-machine     on which it was trained, a text
-dataset     of the demonstrations, num_episodes and num_frames among it
+source      text about the source of the weights
+tasks       names of the training tasks
+recipe      recipe of `torchpi train`; step: number of updates
+machine     text about the training machine
+dataset     facts about the demonstrations, such as num_episodes and num_frames
 metrics     lines of the training run's metrics.jsonl
-results     what `torchpi eval --json` printed, of which "tasks" is read; results_swapped: with the instructions of two
+results     output of `torchpi eval --json`, from which "tasks" is read; results_swapped: with the instructions of two
             tasks swapped; results_blank: with black images
 """
 
@@ -18,29 +18,31 @@ from torchpi.rates import Rate, rates_of
 
 
 def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
-    """Success rates of an evaluation by task; empty: not stated.
+    """Success rates by task; empty if not stated.
 
     Args:
-        name: the evaluation's.
+        name: provenance entry of the evaluation.
     """
     results = policy.provenance.get(name)
     return {} if results is None else rates_of(results, f"{name} in the policy's provenance")
 
 
 def overall(rates: Mapping[str, Rate]) -> Rate:
-    """All tasks together."""
+    """Success rate over all tasks."""
     successes = round(sum(rate.success_rate * rate.episodes for rate in rates.values()))
     return Rate.of(successes, sum(rate.episodes for rate in rates.values()))
 
 
 def describe_policy(policy: Policy) -> list[tuple[str, str]]:
-    """Origin and measured success of a policy, as pairs of texts."""
-    config, stated = policy.model.config, policy.provenance
+    """Rows about a policy's model, training and success rates."""
+    provenance = policy.provenance
     count = sum(parameter.numel() for parameter in policy.model.parameters())
+    source = [str(provenance["source"])] if provenance.get("source") else []
+    tasks = list(provenance.get("tasks", ()))
     rows = [
-        ("model", f"{config.variant}, {count / 1e6:.2f} million parameters"),
-        ("weights", "; ".join([*map(str, filter(None, [stated.get("source")])), *training_of(stated)])),
-        ("tasks", ", ".join(stated.get("tasks", ()))),
+        ("model", f"{policy.model.config.variant}, {count / 1e6:.2f} million parameters"),
+        ("weights", "; ".join([*source, *training_of(provenance)])),
+        ("tasks", ", ".join(tasks)),
     ]
     for title, name in (
         ("measured success", "results"),
@@ -48,6 +50,6 @@ def describe_policy(policy: Policy) -> list[tuple[str, str]]:
         ("with black images", "results_blank"),
     ):
         if rates := measured(policy, name):
-            where = "" if list(rates) == list(stated.get("tasks", ())) else f" of {', '.join(rates)}"
-            rows.append((title, f"{overall(rates)} episodes{where}"))
-    return [(name, text) for name, text in rows if text]
+            of_tasks = "" if list(rates) == tasks else f" of {', '.join(rates)}"
+            rows.append((title, f"{overall(rates)} episodes{of_tasks}"))
+    return [(title, text) for title, text in rows if text]

@@ -1,7 +1,7 @@
-"""The stages of a forward pass: every tensor from a robot's observation to the loss and to the robot's actions.
+"""Stages of a forward pass: every tensor from a robot's observation to the loss and to the robot's actions.
 
-`observation_stages` follows a policy's transforms, `forward_stages` the model, as `torchpi.inspect.nanopi` computes it:
-the joint transformer of the papers, written out. Trace, doctor and compare are views of these stages.
+`observation_stages` follows a policy's transforms. `forward_stages` follows the model as `torchpi.inspect.nanopi`
+computes it, with the joint transformer of the papers written out. The trace and compare commands show these stages.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ class Stage:
     step: str
     """"0" to "11", with "7-1" to "7-7", and "inference"."""
     name: str
-    """In the field's terms; parts are separated by "/"."""
+    """Name of the tensor; parts are separated by "/"."""
     value: Tensor | np.ndarray | str
     view: str = "both"
-    """"joint": exists only in the joint forward pass of the papers; "cached": only in the model's own computation,
-    prefill and denoising; "both": in both."""
+    """"joint" if it exists only in the joint forward pass of the papers, "cached" if only in the model's own
+    computation (prefill and denoising), or "both"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceInputs:
-    """A model and a batch of input for it, on one device; on "meta" neither has values."""
+    """A model and a batch for it, on one device; on the meta device, neither has values."""
 
     title: str
     model: Pi0
     config: Pi0Config
-    """The model's, with horizon and prompt length set."""
+    """The model's config, with action horizon and prompt length set."""
     batch: Mapping[str, Tensor]
     """"image.<camera>", "image_mask.<camera>", "state", "tokenized_prompt" and "tokenized_prompt_mask"."""
     noise: Tensor
@@ -50,39 +50,39 @@ class TraceInputs:
     time: Tensor
     """[B]"""
     actions: Tensor | None = None
-    """[B, H, A]; None: the chunk that the model itself samples stands in for recorded ones."""
+    """[B, H, A]; None to use a chunk sampled by the model instead of recorded actions."""
     notes: tuple[str, ...] = ()
-    """Remarks: assumptions, made-up input, untrained weights."""
+    """Notes for the user: assumptions, random input, source of the weights."""
     action_names: tuple[str, ...] = ()
-    """Names of the robot's action dimensions; the others are padding. Empty: not known."""
+    """Names of the robot's action dimensions, before padding; empty if unknown."""
     robot: tuple[Stage, ...] = ()
-    """Stages in front of the batch."""
+    """Stages from the robot's observation to the batch."""
     to_robot: Callable[[Float32[np.ndarray, "H A"]], np.ndarray] | None = None
-    """From a chunk of the model to the robot's actions."""
+    """Converts a chunk of the model to the robot's actions."""
 
     @property
     def has_values(self) -> bool:
-        """False: shapes alone."""
+        """False on the meta device."""
         return self.model.device.type != "meta"
 
     @property
     def prompt(self) -> str | None:
-        """The text of the token ids, where it is known."""
+        """Prompt text, if known."""
         return next((str(stage.value) for stage in self.robot if stage.name == "prompt_text"), None)
 
     @property
     def cameras(self) -> list[str]:
-        """Names of the cameras, in the prefix's order."""
+        """Camera names in the order of the prefix."""
         return [name.removeprefix("image.") for name in self.batch if name.startswith("image.")]
 
 
 def observation_stages(
     policy: Policy, observation: Mapping[str, Any], state: np.ndarray, sample: Mapping[str, Any]
 ) -> Iterator[Stage]:
-    """Step 0, from the robot's observation to token ids.
+    """Stages of step 0, from the robot's observation to token IDs.
 
     Args:
-        state, sample: what `policy.prepare` returns for the observation.
+        state, sample: return values of `policy.prepare` for the observation.
     """
     inputs = policy.embodiment.to_model(observation, default_prompt=policy.default_prompt)
     present = [name for name, is_present in sample["image_mask"].items() if is_present]
@@ -102,19 +102,19 @@ def observation_stages(
 
 
 def forward_stages(inputs: TraceInputs, *, training: bool = True, num_steps: int = 10) -> Iterator[Stage]:
-    """All stages of a batch, step 0 first; of inference, the first sample only.
+    """Stages of a batch in the order of the steps. Inference runs on the first sample only.
 
     Args:
-        training: with steps 5 to 11.
-        num_steps: Euler steps.
+        training: whether to include steps 5 to 11.
+        num_steps: number of Euler steps.
     """
     yield from inputs.robot
-    config, shown = inputs.config, list[Stage]()
+    config, shown = inputs.config, list[Stage]()  # stages shown by nanopi but not yielded yet
     w: dict[str, Any] = {name: weight.detach() for name, weight in nanopi.weights_of(inputs.model).items()}
     w |= {f"{name}.weight": AsWeight(layer) for name, layer in quantized_layers(inputs.model).items()}
 
     def show(step: str, name: str, tensor: Tensor, layer: int | None = None) -> Tensor:
-        if not layer or step in ("2", "8", "inference"):  # of steps 7-1 to 7-7, layer 0
+        if not layer or step in ("2", "8", "inference"):  # steps 7-1 to 7-7 show layer 0 only
             shown.extend(_stages(step, name, tensor, num_prefix=prefix_length))
         return tensor
 
@@ -139,13 +139,13 @@ def forward_stages(inputs: TraceInputs, *, training: bool = True, num_steps: int
 
 
 def _stages(step: str, name: str, tensor: Tensor, *, num_prefix: int) -> Iterator[Stage]:
-    """A shown tensor; of the joint square also the two blocks that the model computes."""
+    """Stage of a shown tensor; for a joint tensor, also the prefix and suffix blocks that the model computes."""
     is_joint = name in STEP_OF[step].joint
     yield Stage(step, name, tensor, "joint" if is_joint else "both")
-    if not is_joint or step == "9" or name == "attn_out":  # of which nanopi shows the blocks itself
+    if not is_joint or step == "9" or name == "attn_out":  # nanopi shows the blocks of these itself
         return
-    is_square = name in ("attn_mask", "logits", "probs")
-    rows = -2 if is_square else 1
-    prefix, suffix = tensor.split([num_prefix, tensor.shape[rows] - num_prefix], rows)
+    is_square = name in ("attn_mask", "logits", "probs")  # [..., queries, keys]
+    query_dim = -2 if is_square else 1
+    prefix, suffix = tensor.split([num_prefix, tensor.shape[query_dim] - num_prefix], query_dim)
     yield Stage(step, f"prefix/{name}", prefix[..., :num_prefix] if is_square else prefix, "cached")
     yield Stage(step, f"suffix/{name}", suffix, "cached")

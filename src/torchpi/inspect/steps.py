@@ -1,4 +1,4 @@
-"""The steps from a robot's observation to the loss and the actions: the table assets/steps.toml."""
+"""Steps from a robot's observation to the loss and the actions, defined in assets/steps.toml."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ class Step:
     formulas_pi0: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def explanation(self, pi05: bool) -> str:
-        """One line for a variant."""
+        """One-line explanation for a variant."""
         return self.text if pi05 or not self.text_pi0 else self.text_pi0
 
 
@@ -36,9 +36,9 @@ STEP_OF = {step.id: step for step in STEPS}
 
 
 def formula_of(step: str, name: str, *, pi05: bool) -> str:
-    """The formula of a tensor; "": it is an input."""
-    own = STEP_OF[step]
-    formulas = {**own.formulas, **(own.formulas_pi05 if pi05 else own.formulas_pi0)}
+    """Formula of a tensor; "" for an input."""
+    entry = STEP_OF[step]
+    formulas = {**entry.formulas, **(entry.formulas_pi05 if pi05 else entry.formulas_pi0)}
     name = re.sub(r"layer_\d+", "layer_#", name)
     for key in (name, re.sub("^(prefix|suffix)/", "", name)):
         while key:

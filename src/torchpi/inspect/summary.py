@@ -1,4 +1,4 @@
-"""A trace in fewer rows: repetitions are one row, and two models stand next to each other."""
+"""Summary of a trace with repeated entries merged, and comparison of two traces."""
 
 import re
 from collections.abc import Mapping
@@ -14,64 +14,72 @@ _CAMERA, ABSENT = "‹camera›", "—"
 
 
 class Row(NamedTuple):
-    """Entries of one step that differ in layer, time or camera only."""
+    """Entries of one step that differ only in layer, time or camera."""
 
     name: str
     entry: TraceEntry
-    """The first of them."""
+    """First of the entries."""
     repeats: int
     stats: Stats | None
-    """Statistics of all of them."""
+    """Statistics over all entries."""
 
     @property
     def shape(self) -> str:
-        """The shape, or the value of a count or text."""
+        """Shape, or the value of a count or text."""
         return format_shape(self.entry.shape) if self.entry.value is None else str(self.entry.value)
 
     @property
     def tag(self) -> str:
-        """ "joint", "cached" or "training"; "": both."""
+        """ "joint", "cached" or "training"; "" if none of these applies."""
         if self.entry.phase == "training":
             return "training"
         return self.entry.view if self.entry.view != "both" and self.entry.phase != "inference" else ""
 
 
 def rows_of(trace: Trace, step: str) -> list[Row]:
-    """The rows of a step."""
+    """Rows of a step."""
     groups: dict[tuple[object, ...], list[TraceEntry]] = {}
     for entry in trace.entries:
         if entry.step == step:
             key = (*_pattern(entry, trace), entry.shape, entry.dtype, entry.view, entry.phase)
             groups.setdefault(key, []).append(entry)
-    return [Row(_range(rows[0], rows[-1], trace), rows[0], len(rows), _merged(rows)) for rows in groups.values()]
+    return [
+        Row(_range_name(entries[0], entries[-1], trace), entries[0], len(entries), _merge_stats(entries))
+        for entries in groups.values()
+    ]
 
 
 def _pattern(entry: TraceEntry, trace: Trace) -> list[str]:
-    """The parts of a name, without the names of cameras and the numbers of layers and times."""
+    """Parts of a name, with placeholders for cameras, layer numbers and times."""
     parts = entry.name.split("/")
     return [_CAMERA if part in trace.inputs.cameras else _REPEATED.sub(r"\1#", part) for part in parts]
 
 
-def _range(first: TraceEntry, last: TraceEntry, trace: Trace) -> str:
-    """One name for several entries, as `cache/layer_0…17/k`."""
-    parts = []
-    for pattern, one, other in zip(_pattern(first, trace), first.name.split("/"), last.name.split("/"), strict=True):
-        repeated = _CAMERA if pattern == _CAMERA else f"{one}…" + _REPEATED.sub(r"\2", other)
-        parts.append(one if one == other else repeated)
-    return "/".join(parts)
+def _range_name(first: TraceEntry, last: TraceEntry, trace: Trace) -> str:
+    """Name of a range of entries, such as `cache/layer_0…17/k`."""
+    names = []
+    parts = zip(_pattern(first, trace), first.name.split("/"), last.name.split("/"), strict=True)
+    for pattern, first_part, last_part in parts:
+        if first_part == last_part:
+            names.append(first_part)
+        elif pattern == _CAMERA:
+            names.append(_CAMERA)
+        else:
+            names.append(f"{first_part}…" + _REPEATED.sub(r"\2", last_part))
+    return "/".join(names)
 
 
-def _merged(entries: list[TraceEntry]) -> Stats | None:
-    found = [entry.stats for entry in entries if entry.stats is not None]
-    if not found:
+def _merge_stats(entries: list[TraceEntry]) -> Stats | None:
+    stats = [entry.stats for entry in entries if entry.stats is not None]
+    if not stats:
         return None
-    mean = sum(stats.mean for stats in found) / len(found)
-    variance = sum(stats.std**2 + (stats.mean - mean) ** 2 for stats in found) / len(found)
-    return Stats(min(s.min for s in found), mean, max(s.max for s in found), variance**0.5)
+    mean = sum(s.mean for s in stats) / len(stats)
+    variance = sum(s.std**2 + (s.mean - mean) ** 2 for s in stats) / len(stats)
+    return Stats(min(s.min for s in stats), mean, max(s.max for s in stats), variance**0.5)
 
 
 def facts(trace: Trace) -> dict[str, dict[str, str]]:
-    """The facts that follow from the variant (architecture), and those that a config decides (sizes)."""
+    """Facts about the model: "architecture" follows from the variant, "sizes" from the config."""
     config = trace.inputs.config
     return {
         "architecture": {
@@ -97,23 +105,28 @@ def facts(trace: Trace) -> dict[str, dict[str, str]]:
 
 
 def phases(trace: Trace) -> dict[str, list[str]]:
-    """Names by phase: in training only, in inference only, in the joint view only, and in both."""
-    found: dict[str, dict[str, None]] = {"training only": {}, "inference only": {}, "joint view only": {}, "both": {}}
-    tensors = [entry for entry in trace.entries if entry.value is None]
-    names = ["/".join(part for part in _pattern(entry, trace) if part not in _NUMBERED) for entry in tensors]
-    in_training = {name for name, entry in zip(names, tensors, strict=True) if entry.step != "inference"}
-    for name, entry in zip(names, tensors, strict=True):
-        phase = "both" if name in in_training else "inference only"
-        phase = "training only" if entry.phase == "training" else phase
-        found["joint view only" if entry.view == "joint" else phase][name] = None
-    return {phase: list(of_phase) for phase, of_phase in found.items()}
-
-
-_NUMBERED = (_CAMERA, "layer_#", "t=#")
+    """Tensor names by phase: training only, inference only, joint view only, or both."""
+    names: dict[str, dict[str, None]] = {"training only": {}, "inference only": {}, "joint view only": {}, "both": {}}
+    placeholders = (_CAMERA, "layer_#", "t=#")
+    tensors = [
+        ("/".join(part for part in _pattern(entry, trace) if part not in placeholders), entry)
+        for entry in trace.entries
+        if entry.value is None
+    ]
+    in_training = {name for name, entry in tensors if entry.step != "inference"}
+    for name, entry in tensors:
+        if entry.view == "joint":
+            phase = "joint view only"
+        elif entry.phase == "training":
+            phase = "training only"
+        else:
+            phase = "both" if name in in_training else "inference only"
+        names[phase][name] = None  # a dict keeps the order and drops repetitions
+    return {phase: list(of_phase) for phase, of_phase in names.items()}
 
 
 class Pair(NamedTuple):
-    """One row of a comparison."""
+    """A row of a comparison of two traces."""
 
     name: str
     left: str
@@ -121,20 +134,20 @@ class Pair(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """ "same"; "size": both have it; "architecture": one of them has it."""
+        """ "same", "size" if the models differ in size, or "architecture" if only one model has the row."""
         if self.left == self.right:
             return "same"
         return "architecture" if ABSENT in (self.left, self.right) else "size"
 
 
 def compare_facts(left: Trace, right: Trace) -> dict[str, list[Pair]]:
-    """The facts of two models: their architecture, and their sizes."""
+    """Facts about two models, by "architecture" and "sizes"."""
     right_facts = facts(right)
     return {title: _pairs(left_facts, right_facts[title]) for title, left_facts in facts(left).items()}
 
 
 def compare_steps(left: Trace, right: Trace) -> dict[str, list[Pair]]:
-    """Per step, the shapes in both models."""
+    """Shapes in both models, by step."""
     return {step.id: _pairs(_shapes(left, step.id), _shapes(right, step.id)) for step in STEPS}
 
 

@@ -1,4 +1,4 @@
-"""The trace of a forward pass: every stage by name, shape and dtype, and the values that a page shows."""
+"""Trace of a forward pass: name, shape and dtype of every stage, and the values shown on the trace page."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from torchpi.ui.format import without_nan
 
 
 class Stats(NamedTuple):
-    """Range of a tensor's values; of booleans, the mean is the share of True."""
+    """Statistics of a tensor; for booleans, the mean is the fraction of True."""
 
     min: float
     mean: float
@@ -41,29 +41,29 @@ class TraceEntry:
     """"training", "inference" or "both"."""
     formula: str = ""
     value: int | str | None = None
-    """Value of a stage that is a count or a text."""
+    """Value of a count or a text."""
     stats: Stats | None = None
-    """Statistics of the values, for a model with weights and an input."""
+    """Statistics of the values; None on the meta device."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values without the empty ones."""
+        """JSON document without empty fields."""
         stats = None if self.stats is None else without_nan(self.stats._asdict())
         entry: dict[str, Any] = vars(self) | {"shape": list(self.shape), "stats": stats}
         return {key: value for key, value in entry.items() if value not in (None, "")}
 
 
 class Segment(NamedTuple):
-    """Neighbouring tokens of one kind."""
+    """Consecutive tokens of one kind."""
 
     label: str
     start: int
     stop: int
     group: int
-    """Attention group: its tokens attend to their own group and to those before."""
+    """Attention group; tokens attend to their own group and to earlier ones."""
 
 
 class Agreement(NamedTuple):
-    """Largest difference between two computations of the same value, next to its largest absolute value."""
+    """Largest difference between two computations of a value, and the largest absolute value."""
 
     what: str
     max_abs: float
@@ -72,22 +72,22 @@ class Agreement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """Values of the first sample, of a model with weights and an input."""
+    """Values of the first sample of a trace."""
 
     images: Mapping[str, np.ndarray | None]
-    """Per camera uint8 [h, w, 3] as the model reads it, None if it is masked."""
+    """Camera images as the model reads them, uint8 [h, w, 3]; None if the camera is masked."""
     chunk: np.ndarray
     """x_t before the first Euler step and after each: [steps + 1, H, A]."""
     modulation: Mapping[str, np.ndarray]
-    """Root mean square of every adaptive norm's "scale", "shift" and "gate" over 41 times from 1 to 0: [norms, times].
-    Empty for π₀, which has none."""
+    """Root mean square of "scale", "shift" and "gate" for each adaptive norm, at 41 times from 1 to 0: [norms, times].
+    Empty for π₀, which has no adaptive norms."""
     agreement: list[Agreement]
-    """The joint forward pass compared with `Pi0`."""
+    """Joint forward pass compared with `Pi0`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A forward pass."""
+    """Trace of one forward pass."""
 
     inputs: TraceInputs
     entries: list[TraceEntry]
@@ -103,33 +103,33 @@ class Trace:
 
     @property
     def prefix_tokens(self) -> int:
-        """S."""
-        return next(part.start for part in self.segments if part.group > 0)
+        """Number of prefix tokens S."""
+        return next(segment.start for segment in self.segments if segment.group > 0)
 
     @property
     def suffix_tokens(self) -> int:
-        """T."""
+        """Number of suffix tokens T."""
         return self.sequence_length - self.prefix_tokens
 
     @property
     def sequence_length(self) -> int:
-        """S + T."""
+        """Number of tokens S + T."""
         return self.segments[-1].stop
 
     @property
     def num_groups(self) -> int:
-        """Attention groups, over prefix and suffix."""
+        """Number of attention groups."""
         return self.segments[-1].group + 1
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the prefix's keys and values of one observation, all layers."""
+        """Size of the KV cache of one observation, in bytes."""
         cache = [entry for entry in self.entries if entry.step == "inference" and entry.name.startswith("cache/")]
         return sum(math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize for entry in cache)
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Number of parameters of each part of the model."""
+        """Number of parameters in each part of the model."""
         parts = {"vision": "SigLIP", "embedding": "token embedding", "backbone": "backbone", "expert": "action expert"}
         norms, projections = "the expert's adaptive norms", "action, state and time projections"
         counts = dict.fromkeys([*parts.values(), norms, projections], 0)
@@ -140,7 +140,7 @@ class Trace:
         return {part: count for part, count in counts.items() if count}
 
     def count(self, name: str) -> int:
-        """One of the counts: layers, time_injections, time_inputs, prefills, euler_steps."""
+        """Value of a count: layers, time_injections, time_inputs, prefills or euler_steps."""
         return next(int(entry.value or 0) for entry in self.entries if entry.name == name)
 
 
@@ -156,10 +156,10 @@ def trace_steps(
     """Trace a model, and list every tensor in the order of the steps.
 
     Args:
-        target: a config, for shapes on the meta device, or a policy, whose tensors have values.
-        observation: of the policy's robot; by default its example.
-        batch: samples; a policy's observation is repeated.
-        max_token_len, action_horizon, action_dim: instead of the target's own.
+        target: a config, which gives shapes only, or a policy, which also gives statistics of the values.
+        observation: of the policy's robot; by default the embodiment's example.
+        batch: batch size; a policy's observation is repeated.
+        max_token_len, action_horizon, action_dim: override the target's own.
     """
     shapes = Shapes(batch, max_token_len, action_horizon, action_dim)
     if isinstance(target, Pi0Config):
@@ -171,24 +171,25 @@ def trace_steps(
 def trace_forward(inputs: TraceInputs, *, num_steps: int = 10) -> Trace:
     """Run a forward pass of training and of inference, and describe every stage."""
     entries: dict[tuple[str, str], TraceEntry] = {}
-    kept: dict[tuple[str, str], Tensor] = {}
+    tensors: dict[tuple[str, str], Tensor] = {}
     for stage in forward_stages(inputs, num_steps=num_steps):
         entries[stage.step, stage.name] = _entry(stage, pi05=inputs.config.pi05)
         if isinstance(stage.value, Tensor) and stage.name.partition("/")[0] in _KEPT:
-            kept[stage.step, stage.name] = stage.value
-    segments = _segments(inputs, kept["4", "prefix_mask"][0], kept["6", "attn_mask"].shape[-1])
-    groups = np.repeat([part.group for part in segments], [part.stop - part.start for part in segments])
+            tensors[stage.step, stage.name] = stage.value
+    segments = _segments(inputs, tensors["4", "prefix_mask"][0], tensors["6", "attn_mask"].shape[-1])
+    groups = np.repeat([segment.group for segment in segments], [s.stop - s.start for s in segments])
     order = list(STEP_OF)
     return Trace(
         inputs,
         sorted([*entries.values(), *_counts(entries)], key=lambda entry: order.index(entry.step)),
         segments,
-        kept["6", "attn_mask"][0].cpu().numpy() if inputs.has_values else groups[None, :] <= groups[:, None],
-        _values(inputs, kept) if inputs.has_values else None,
+        tensors["6", "attn_mask"][0].cpu().numpy() if inputs.has_values else groups[None, :] <= groups[:, None],
+        _values(inputs, tensors) if inputs.has_values else None,
     )
 
 
 _KEPT = {"prefix_tokens", "prefix_mask", "attn_mask", "x_t", "v_t", "action_chunk"}
+"""Tensors that `_segments` and `_values` need; the others are dropped to save memory."""
 
 
 def _entry(stage: Stage, *, pi05: bool) -> TraceEntry:
@@ -202,16 +203,16 @@ def _entry(stage: Stage, *, pi05: bool) -> TraceEntry:
 
 
 def _stats(value: Tensor | np.ndarray) -> Stats | None:
-    """Range of the values; None on the meta device, and for what is no number."""
+    """Statistics of the values; None on the meta device, and for values that are not numbers."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "fiub":
             return None
-        value = torch.from_numpy(np.array(value))  # a copy, because arrays may be read-only
+        value = torch.from_numpy(np.array(value))  # copied, because arrays may be read-only
     if value.is_meta or value.numel() == 0:
         return None
     value = value.detach().float()
-    deviation, mean = torch.std_mean(value, correction=0)
-    return Stats(value.min().item(), mean.item(), value.max().item(), deviation.item())
+    std, mean = torch.std_mean(value, correction=0)
+    return Stats(value.min().item(), mean.item(), value.max().item(), std.item())
 
 
 def _counts(entries: Mapping[tuple[str, str], TraceEntry]) -> list[TraceEntry]:
@@ -228,28 +229,29 @@ def _counts(entries: Mapping[tuple[str, str], TraceEntry]) -> list[TraceEntry]:
 
 
 def _segments(inputs: TraceInputs, prefix_mask: Tensor, length: int) -> list[Segment]:
-    """The parts of the joint sequence; of the prompt, the first sample's valid tokens and its padding."""
-    patches, prompt = inputs.config.num_patches, inputs.batch["tokenized_prompt"].shape[1]
-    valid = prompt if prefix_mask.is_meta else int(prefix_mask[-prompt:].sum())
-    state = length - len(prefix_mask) - inputs.noise.shape[1]
-    parts = [(camera, patches, 0) for camera in inputs.cameras]
-    parts += [("prompt", valid, 0), ("padding", prompt - valid, 0), ("state", state, 1)]
-    parts.append(("actions", inputs.noise.shape[1], 1 + state))
+    """Segments of the joint sequence; prompt and padding are those of the first sample."""
+    num_prompt, horizon = inputs.batch["tokenized_prompt"].shape[1], inputs.noise.shape[1]
+    num_valid = num_prompt if prefix_mask.is_meta else int(prefix_mask[-num_prompt:].sum())
+    num_state = length - len(prefix_mask) - horizon
+    counts = [(camera, inputs.config.num_patches, 0) for camera in inputs.cameras]
+    counts += [("prompt", num_valid, 0), ("padding", num_prompt - num_valid, 0)]
+    counts += [("state", num_state, 1), ("actions", horizon, 1 + num_state)]
     segments, start = [], 0
-    for label, count, group in parts:
+    for label, count, group in counts:
         if count:
             segments.append(Segment(label, start, start + count, group))
         start += count
     return segments
 
 
-def _values(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> Values:
+def _values(inputs: TraceInputs, tensors: Mapping[tuple[str, str], Tensor]) -> Values:
     images: dict[str, np.ndarray | None] = dict.fromkeys(inputs.cameras)
     for name, image in observation_of(inputs.batch).images.items():
         if inputs.batch.get(f"image_mask.{name}", torch.ones(1))[0]:
             images[name] = ((image[0] + 1) * 127.5).round().clamp_min(0).to(torch.uint8).cpu().numpy()
-    steps = [tensor for (_, name), tensor in kept.items() if name.startswith("x_t/") or name == "action_chunk"]
-    return Values(images, torch.cat(steps).cpu().numpy(), _modulation(inputs), _agreement(inputs, kept, len(steps) - 1))
+    chunks = [tensor for (_, name), tensor in tensors.items() if name.startswith("x_t/") or name == "action_chunk"]
+    agreement = _agreement(inputs, tensors, num_steps=len(chunks) - 1)
+    return Values(images, torch.cat(chunks).cpu().numpy(), _modulation(inputs), agreement)
 
 
 def _modulation(inputs: TraceInputs, num_times: int = 41) -> dict[str, np.ndarray]:
@@ -264,21 +266,21 @@ def _modulation(inputs: TraceInputs, num_times: int = 41) -> dict[str, np.ndarra
     return {part: rms[..., i] for i, part in enumerate(("scale", "shift", "gate"))}
 
 
-def _agreement(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor], num_steps: int) -> list[Agreement]:
-    """The joint forward pass of `nanopi` compared with the model itself."""
+def _agreement(inputs: TraceInputs, tensors: Mapping[tuple[str, str], Tensor], num_steps: int) -> list[Agreement]:
+    """Compare the joint forward pass of `nanopi` with the model itself."""
     model, observation = inputs.model, observation_of(inputs.batch)
-    horizon, valid = inputs.noise.shape[1], kept["4", "prefix_mask"]
+    horizon, valid = inputs.noise.shape[1], tensors["4", "prefix_mask"]
     prefix = model.embed_prefix(observation)
     cache = model.prefill(observation, prefix, action_horizon=horizon)
     pairs = [
-        ("prefix_tokens", kept["4", "prefix_tokens"][valid], prefix[0][valid]),
-        ("v_t, joint and cached", kept["10", "v_t"], model.denoise_step(cache, kept["5", "x_t"], inputs.time)),
+        ("prefix_tokens", tensors["4", "prefix_tokens"][valid], prefix[0][valid]),
+        ("v_t, joint and cached", tensors["10", "v_t"], model.denoise_step(cache, tensors["5", "x_t"], inputs.time)),
     ]
     if model.config.action_horizon in (None, horizon):
         first = observation_of({name: rows[:1] for name, rows in inputs.batch.items()})
         chunk = model.sample_actions(first, noise=inputs.noise[:1], num_steps=num_steps)
-        pairs.append(("action_chunk, with padding and without", kept["inference", "action_chunk"], chunk))
+        pairs.append(("action_chunk, with padding and without", tensors["inference", "action_chunk"], chunk))
     return [
-        Agreement(what, (one.float() - other.float()).abs().max().item(), other.float().abs().max().item())
-        for what, one, other in pairs
+        Agreement(what, (joint.float() - own.float()).abs().max().item(), own.float().abs().max().item())
+        for what, joint, own in pairs
     ]

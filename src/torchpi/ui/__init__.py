@@ -1,1 +1,1 @@
-"""Pages, plots, tables, numbers and progress bars, each in one style."""
+"""Pages, plots, tables, number formats and progress bars in one style."""

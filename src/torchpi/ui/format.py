@@ -7,17 +7,17 @@ from typing import Any
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
-    """A shape as `[4, 968, 2048]`."""
+    """Format a shape as `[4, 968, 2048]`."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 def format_count(count: int) -> str:
-    """A count with digits in groups of three: `1 234 567`."""
+    """Format a count with grouped digits: `1 234 567`."""
     return f"{count:,}".replace(",", " ")
 
 
 def large_count(count: int) -> str:
-    """A large count in words: `3.25 billion`."""
+    """Format a large count in words: `3.25 billion`."""
     for unit, size in (("billion", 1e9), ("million", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -25,25 +25,25 @@ def large_count(count: int) -> str:
 
 
 def format_number(value: float | int, *, missing: str | None = None) -> str:
-    """Three digits, thousands without an exponent; `missing`, if given, stands for NaN and infinity."""
+    """Format a number with three digits, thousands without an exponent; `missing` replaces NaN and infinity."""
     if missing is not None and not math.isfinite(value):
         return missing
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def format_gib(num_bytes: float | int) -> str:
-    """A size in GiB."""
+    """Format a size in GiB."""
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def format_duration(seconds: float | int) -> str:
-    """A duration in hours and minutes: `2 h 05 min`."""
+    """Format a duration as `2 h 05 min`."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def without_nan(value: Any) -> Any:
-    """A document with None in place of NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

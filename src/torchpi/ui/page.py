@@ -1,6 +1,6 @@
-"""The page template: HTML that needs nothing else, no script and no request.
+"""Template of self-contained HTML pages, without scripts or requests.
 
-Arguments that are said to be texts are escaped here; those that are said to be HTML are the caller's.
+Arguments described as texts are escaped here; arguments described as HTML are inserted unchanged.
 """
 
 import re
@@ -12,15 +12,15 @@ from torchpi.ui.palette import css_variables
 from torchpi.version import __version__
 
 Section = tuple[str, str, str]
-"""Id, title (a text) and HTML."""
+"""ID, title (a text) and HTML."""
 
 
 def html_page(title: str, *, header: str, sections: Sequence[Section], footer: str) -> str:
-    """Render a whole page, light or dark as the reader's system is.
+    """Render a whole page; it follows the system's light or dark mode.
 
     Args:
         header: HTML of `page_header`.
-        footer: a text.
+        footer: text.
     """
     links = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{escape(text)}</h2>{html}</section>' for name, text, html in sections)
@@ -31,33 +31,34 @@ def html_page(title: str, *, header: str, sections: Sequence[Section], footer: s
 
 
 def page_section(page: str, name: str, values: Mapping[str, object], present: Collection[str] = ()) -> Section:
-    """Fill a section of a page of the assets.
+    """Fill a section of a page template.
 
     Args:
-        page: the file's name.
-        values: HTML that stands for `{name}`; the title's are texts.
-        present: conditions that hold besides the values that are not empty, see `fill_lines`.
+        page: file name of the template in the assets.
+        values: HTML that replaces `{name}`; texts in the title.
+        present: conditions for `fill_lines` that hold, in addition to the names of non-empty values.
     """
-    text = (assets() / page).read_text(encoding="utf-8")
-    found = re.search(rf'<section id="{name}" title="(.*?)">\n(.*?)\n</section>', text, re.DOTALL)
-    assert found is not None
-    holds = {*present, *(key for key, value in values.items() if value)}
-    return name, found[1].format_map(values), fill_lines(found[2], values, holds)
+    template = (assets() / page).read_text(encoding="utf-8")
+    match = re.search(rf'<section id="{name}" title="(.*?)">\n(.*?)\n</section>', template, re.DOTALL)
+    assert match is not None
+    title, body = match.groups()
+    conditions = {*present, *(key for key, value in values.items() if value)}
+    return name, title.format_map(values), fill_lines(body, values, conditions)
 
 
 def fill_lines(text: str, values: Mapping[str, object], present: Collection[str]) -> str:
-    """Put values in place of `{name}`; a line with data-if stands only if its condition is present."""
+    """Replace `{name}` by values, and drop lines whose data-if condition is not present."""
     lines = [(line, re.search('data-if="(.*?)"', line)) for line in text.splitlines()]
-    return "\n".join(line for line, only in lines if not only or only[1] in present).format_map(values)
+    return "\n".join(line for line, condition in lines if not condition or condition[1] in present).format_map(values)
 
 
 def style_sheet() -> str:
-    """The style sheet of every page: the palette and assets/page.css."""
+    """Style sheet of every page: the palette and assets/page.css."""
     return css_variables() + (assets() / "page.css").read_text(encoding="utf-8")
 
 
 def page_head(title: str, style: str, links: str = "") -> str:
-    """HTML up to the body; `links` is HTML for the head."""
+    """HTML before the body; `links` is HTML for the head."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -66,7 +67,7 @@ def page_head(title: str, style: str, links: str = "") -> str:
 
 
 def page_footer(text: str = "") -> str:
-    """HTML of the last line: torchpi's version and a text."""
+    """HTML of the footer: torchpi's version and a text."""
     return f"<footer>torchpi {escape(__version__)}{f' · {escape(text)}' if text else ''}</footer>"
 
 
@@ -76,10 +77,10 @@ def page_header(
     """HTML of a page's header, from texts.
 
     Args:
-        eyebrow: the line above the title.
-        summary: the lines below it.
+        eyebrow: line above the title.
+        summary: paragraph below the title.
         tiles: large values, each with its meaning.
-        notes: remarks below the tiles.
+        notes: list below the tiles.
     """
     facts = "".join(f"<div><b>{escape(value)}</b><span>{escape(text)}</span></div>" for value, text in tiles)
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
@@ -92,22 +93,22 @@ def page_header(
 
 
 def panel(html: str, css: str = "") -> str:
-    """A bordered box around HTML."""
+    """HTML in a bordered box."""
     return f'<div class="panel {css}">{html}</div>' if css else f'<div class="panel">{html}</div>'
 
 
 def figure(title: str, note: str, html: str) -> str:
-    """A figure: title and note (texts) above a plot or an image."""
+    """Figure with title and note (texts) above a plot or an image."""
     return f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{html}</figure>"
 
 
 def definitions(rows: Iterable[tuple[str, str]]) -> str:
-    """A list of names with their texts."""
+    """Definition list of names and texts."""
     return panel(f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in rows)}</dl>")
 
 
 def commands(rows: Iterable[tuple[str, str]]) -> str:
-    """Commands, each below a text that says what it does."""
+    """Commands, each below a text that describes it."""
     items = "".join(f"<div>{escape(text)}<code>{escape(command)}</code></div>" for text, command in rows)
     return panel(items, "commands")
 
@@ -116,8 +117,8 @@ def bars(rows: Iterable[tuple[str, float | int, str]], css: str = "suffix") -> s
     """Horizontal bars.
 
     Args:
-        rows: of each bar its name, its length from 0 to 1, and its text.
-        css: the colour's name in the palette.
+        rows: name, length from 0 to 1, and text of each bar.
+        css: color name in the palette.
     """
     items = "".join(
         f'<span class="mono">{escape(name)}</span><i class="{css}" style="width:{100 * length:.1f}%"></i>'
@@ -128,18 +129,13 @@ def bars(rows: Iterable[tuple[str, float | int, str]], css: str = "suffix") -> s
 
 
 def camera_images(images: Iterable[tuple[str, str | None]]) -> str:
-    """Cameras next to each other.
+    """Camera images side by side.
 
     Args:
-        images: of each camera its name and the image's address, for example of `data_uri`; None: the camera is absent.
+        images: name and image URL of each camera, such as from `data_uri`; None for an absent camera.
     """
-    figures = "".join(
-        f"<figure>{_camera(name, source)}<figcaption>{escape(name)}</figcaption></figure>" for name, source in images
-    )
-    return f'<div class="cameras">{figures}</div>'
-
-
-def _camera(name: str, source: str | None) -> str:
-    if source is None:
-        return '<div class="absent">absent: masked</div>'
-    return f'<img alt="{escape(name)}" src="{source}">'
+    figures = []
+    for name, url in images:
+        image = '<div class="absent">absent: masked</div>' if url is None else f'<img alt="{escape(name)}" src="{url}">'
+        figures.append(f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>")
+    return f'<div class="cameras">{"".join(figures)}</div>'

@@ -1,4 +1,4 @@
-"""The colours of pages, plots and the dashboard, for light and for dark ground."""
+"""Colors of pages, plots and the dashboard, for light and dark backgrounds."""
 
 PALETTE = {
     "paper": ("#faf9f6", "#101217"),
@@ -14,16 +14,16 @@ PALETTE = {
     "time": ("#b7357f", "#f07fc0"),
     "noise": ("#8e96a3", "#8b93a1"),
 }
-"""By name: grounds and texts first, then the parts of the model, which are also the colours of curves."""
+"""Light and dark color by name: backgrounds and text first, then parts of the model, also used for curves."""
 
 COLORS = {name: light for name, (light, _) in PALETTE.items()}
-"""The colours for light ground, which plots are drawn with."""
+"""Colors for light backgrounds, used in plots."""
 
 CYCLE = tuple(COLORS[name] for name in ("prefix", "suffix", "vision", "time", "noise"))
-"""The colours of several curves in one plot, in their order."""
+"""Colors of successive curves in one plot."""
 
 
 def css_variables() -> str:
-    """Style sheet with a variable per colour that follows the reader's color scheme."""
+    """Style sheet with a variable per color that follows the system's light or dark mode."""
     light, dark = ("".join(f"--{name}:{colors[i]};" for name, colors in PALETTE.items()) for i in (0, 1))
     return f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"

@@ -1,4 +1,4 @@
-"""Plots: one style, saved as PNG or put into a page as SVG."""
+"""Plots in one style, saved as PNG or embedded in a page as SVG."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "text.color": COLORS["ink"],
 }
-_NOISE_RGB, _ACTIONS_RGB = (150, 157, 168), (224, 98, 34)  # both readable on light and on dark ground
+_NOISE_RGB, _ACTIONS_RGB = (150, 157, 168), (224, 98, 34)  # readable on light and dark backgrounds
 
 
 # ---- drawing ----
@@ -50,7 +50,7 @@ def draw_figure(draw: Callable[["Figure"], Any], *, size: tuple[float | int, flo
     """Draw a figure in the common style.
 
     Args:
-        draw: fills the figure that it is called with.
+        draw: draws into the figure.
         size: width and height in inches.
     """
     from matplotlib import rc_context
@@ -63,14 +63,14 @@ def draw_figure(draw: Callable[["Figure"], Any], *, size: tuple[float | int, flo
 
 
 def panel_grid(figure: "Figure", count: int, columns: int) -> list["Axes"]:
-    """Axes in rows that fill the figure: those of the last row are wider where they are fewer."""
+    """Axes in rows that fill the figure; a shorter last row has wider axes."""
     rows = [range(i, min(i + columns, count)) for i in range(0, count, columns)]
     width = math.lcm(*map(len, rows))
     return list(figure.subplot_mosaic([np.repeat(row, width // len(row)).tolist() for row in rows]).values())
 
 
 def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:
-    """Label the axes and draw a grid; the ticks of x are whole numbers, as `20k`."""
+    """Label the axes and draw a grid; x ticks are whole numbers, such as `20k`."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_xlabel(x)
@@ -85,7 +85,7 @@ def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:
 def scale_values(
     axes: "Axes", values: Float[np.ndarray, " n"], *, percent: bool = False, from_zero: bool = False
 ) -> None:
-    """Write values without powers; the axis is logarithmic where positive values span more than a factor of ten."""
+    """Format y ticks without exponents; the axis is logarithmic if positive values span more than a factor of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if from_zero:
@@ -98,46 +98,46 @@ def scale_values(
 
 
 def marker(count: int, limit: int = 40) -> str | None:
-    """The marker of a line with so many points: none where there are many."""
+    """Marker of a line with `count` points; none if there are more than `limit`."""
     return "o" if count <= limit else None
 
 
-# ---- into files and pages ----
+# ---- saving ----
 
 
 def save_figure(figure: "Figure", path: pathlib.Path, *, dpi: int = 110) -> None:
     """Save a figure as PNG."""
-    with atomic_file(path) as part:
-        figure.savefig(part, dpi=dpi, format="png")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
 
 
 def to_svg(figure: "Figure", description: str) -> str:
-    """SVG element for a page, in whose colors and font the figure appears.
+    """SVG element that takes the colors and the font of the page.
 
     Args:
-        description: alternative text, different for each figure of a page: its axes, and what is drawn.
+        description: alternative text: axes and content. It must be unique on the page.
     """
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context(_STYLE | {"svg.hashsalt": description}):  # ids are the same in every run
+    with rc_context(_STYLE | {"svg.hashsalt": description}):  # the same IDs in every run
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    drawing = buffer.getvalue()
-    box = re.search(r'viewBox="([^"]*)"', drawing)
-    assert box is not None
-    prefix = f"p{zlib.crc32(description.encode()):08x}-"  # ids of the page's other figures differ
-    body = drawing[drawing.index(">", box.end()) + 1 :]
+    svg = buffer.getvalue()
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    assert view_box is not None
+    prefix = f"p{zlib.crc32(description.encode()):08x}-"  # IDs must differ from those of the page's other figures
+    body = svg[svg.index(">", view_box.end()) + 1 :]
     body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", body)
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", body)
     for name, color in COLORS.items():
         body = body.replace(color, f"var(--{name})")
-    return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(description)}">{body}'
+    return f'<svg viewBox="{view_box[1]}" role="img" aria-label="{escape(description)}">{body}'
 
 
 def data_uri(image: np.ndarray) -> str:
-    """PNG of an image, uint8 [h, w, 3 or 4], as an address inside a page."""
+    """Data URL with the PNG of an image, uint8 [h, w, 3 or 4]."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -147,25 +147,20 @@ def data_uri(image: np.ndarray) -> str:
 
 
 def denoising_figures(chunks: np.ndarray, names: Sequence[str], *, executed: int | None = None) -> str:
-    """HTML with a plot per action dimension: the chunk from noise to actions.
+    """HTML with a plot per action dimension of the chunk while denoising.
 
     Args:
         chunks: [steps + 1, H, A], before the first Euler step and after each.
-        executed: the number of actions that the robot executes, shown on colored ground.
+        executed: number of actions that the robot executes, drawn on colored background.
     """
     ramp = f"linear-gradient(90deg, rgb{_NOISE_RGB}, rgb{_ACTIONS_RGB})"
-    figures = [
-        page_figure(
-            name,
-            f"{chunks[-1, :, i].min():.2f} … {chunks[-1, :, i].max():.2f}",
-            to_svg(
-                draw_figure(partial(_draw_denoising, chunks=chunks[:, :, i], executed=executed), size=(2.8, 1.45)),
-                f"{name} while denoising, from noise to actions. Along: action of the chunk. Up: value. "
-                "Drawn: a curve per Euler step.",
-            ),
-        )
-        for i, name in enumerate(names)
-    ]
+    figures = []
+    for i, name in enumerate(names):
+        final = chunks[-1, :, i]
+        figure = draw_figure(partial(_draw_denoising, chunks=chunks[:, :, i], executed=executed), size=(2.8, 1.45))
+        description = f"{name} while denoising. x: action of the chunk. y: value. One curve per Euler step."
+        note = f"{final.min():.2f} … {final.max():.2f}"
+        figures.append(page_figure(name, note, to_svg(figure, description)))
     return (
         f'<p class="ramp">noise, t = 1 <i style="background:{ramp}"></i> actions, t = 0</p>'
         f'<div class="multiples">{"".join(figures)}</div>'
@@ -175,8 +170,8 @@ def denoising_figures(chunks: np.ndarray, names: Sequence[str], *, executed: int
 def _draw_denoising(figure: "Figure", chunks: np.ndarray, executed: int | None) -> None:
     axes, last = figure.subplots(), len(chunks) - 1
     for i, chunk in enumerate(chunks):
-        part = i / max(last, 1)
-        rgb = [(a + (b - a) * part) / 255 for a, b in zip(_NOISE_RGB, _ACTIONS_RGB, strict=True)]
+        fraction = i / max(last, 1)
+        rgb = [(a + (b - a) * fraction) / 255 for a, b in zip(_NOISE_RGB, _ACTIONS_RGB, strict=True)]
         axes.plot(chunk, color=rgb, linewidth=2 if i == last else 0.9, alpha=1 if i in (0, last) else 0.7)
     if executed is not None:
         axes.axvspan(0, min(executed, chunks.shape[1]) - 1, color=COLORS["suffix"], alpha=0.1, linewidth=0)

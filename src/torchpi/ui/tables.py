@@ -1,4 +1,4 @@
-"""Tables: the same rows on the terminal and on a page."""
+"""Tables that can be shown on a terminal and on a page."""
 
 import dataclasses
 import sys
@@ -17,10 +17,10 @@ from torchpi.rates import Rate
 
 
 class PlainConsole(Console):
-    """A terminal on which strings, which may be names from outside, are neither markup nor control sequences."""
+    """Console that prints strings literally: names from files may contain markup or control sequences."""
 
     def __init__(self, **settings: Any) -> None:
-        if "ipykernel" in sys.modules:  # a notebook: Rich's own display needs ipywidgets, and no line can be redrawn
+        if "ipykernel" in sys.modules:  # in a notebook, Rich's own display needs ipywidgets, and lines can't be redrawn
             settings = {"force_jupyter": False, "force_terminal": False} | settings
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
@@ -37,38 +37,38 @@ class Column:
 
     title: str
     kind: Literal["text", "name", "number", "rate", "soft"] = "text"
-    """text and soft, a text of less weight, wrap on a narrow terminal, the others do not; number is
-    aligned to the right."""
+    """On a narrow terminal, text and soft (less prominent text) wrap, the others do not; number is right-aligned."""
 
 
 _MAX_CELL = 2000
-"""Characters of a cell on a terminal; names from outside may have any number."""
+"""Maximum characters of a cell on a terminal; names from files may be longer."""
 Cell = str | Text | Rate
-"""A text, a text with a style on the terminal, or a rate, which a page draws as a bar with its interval."""
+"""A text, a styled text for the terminal, or a rate, which a page draws as a bar with its interval."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under columns."""
+    """Rows and columns."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     total: Sequence[Cell] | None = None
-    """A last row for all of them."""
+    """Last row with totals."""
     marked: Sequence[int] = ()
-    """Rows that stand out on a page."""
+    """Rows to highlight on a page."""
 
     def to_rich(self) -> RichTable:
-        """The table for a terminal."""
+        """Table for a terminal."""
         table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        all_rows = self.rows if self.total is None else [*self.rows, self.total]
         for i, column in enumerate(self.columns):
-            cells = (column.title, *(row[i] for row in (*self.rows, *filter(None, [self.total]))))
-            width = max(len(str(cell)) for cell in cells) + (i in (0, len(self.columns) - 1))  # Rich's edge
+            is_edge = i in (0, len(self.columns) - 1)  # Rich pads the outer columns
+            width = max(len(str(cell)) for cell in (column.title, *(row[i] for row in all_rows))) + is_edge
             table.add_column(
                 column.title,
                 justify="right" if column.kind == "number" else "left",
                 no_wrap=column.kind in ("name", "number", "rate"),
-                min_width=min(width, 12) if column.kind in ("text", "soft") else width,  # -103 is not to become -10
+                min_width=min(width, 12) if column.kind in ("text", "soft") else width,  # never cut -103 to -10
                 overflow="fold",
             )
         for row in self.rows:
@@ -79,18 +79,19 @@ class Table:
         return table
 
     def to_html(self) -> str:
-        """The table for a page."""
+        """Table for a page."""
         styles = {"text": "wide", "name": "name", "number": "num", "rate": "", "soft": "wide dtype"}
         css = [styles[column.kind] for column in self.columns]
         rows = [("marked" if i in self.marked else "", row) for i, row in enumerate(self.rows)]
-        rows += [] if self.total is None else [("all", self.total)]
+        if self.total is not None:
+            rows.append(("all", self.total))
         head = zip(css, (escape(column.title) for column in self.columns), strict=True)
-        body = ((name, zip(css, map(_html_cell, row), strict=True)) for name, row in rows)
+        body = ((row_css, zip(css, map(_html_cell, row), strict=True)) for row_css, row in rows)
         return f'<div class="panel scroll">{html_table(head, body)}</div>'
 
 
 def html_table(head: Iterable[tuple[str, str]], rows: Iterable[tuple[str, Iterable[tuple[str, str]]]]) -> str:
-    """A table of HTML cells, each behind the class of its style; rows have one as well."""
+    """Table of (CSS class, HTML) cells; each row also has a CSS class."""
 
     def html_row(css: str, cells: Iterable[tuple[str, str]], tag: str = "td") -> str:
         inner = "".join(f'<{tag} class="{name}">{html}</{tag}>' for name, html in cells)
@@ -100,7 +101,7 @@ def html_table(head: Iterable[tuple[str, str]], rows: Iterable[tuple[str, Iterab
 
 
 def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[int] = ()) -> RichTable:
-    """A table without lines for a terminal; `right` are the columns of numbers."""
+    """Table without lines for a terminal; `right` are the right-aligned columns."""
     rows = list(rows)
     table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns), header_style="dim")
     for i, column in enumerate(columns or [""] * len(rows[0])):
