@@ -1,1 +1,1 @@
-"""Benchmarks of `torchpi bench`: measured times next to the floor that the machine allows in the same run."""
+"""Benchmarks of `torchpi bench`: measured times compared with the machine's floor."""

@@ -1,4 +1,4 @@
-"""`bench data`: samples per second of the training loader on a dataset, and whether a training step would wait."""
+"""`bench data`: samples per second of the training loader on a dataset, and the fraction of time training would wait."""
 
 import itertools
 import pathlib
@@ -24,7 +24,7 @@ from torchpi.ui.format import print_json
 from torchpi.ui.tables import PlainConsole
 
 _NUM_FRAMES = 200
-"""Timed one by one, in random order."""
+"""Number of frames to time, read one by one in random order."""
 
 
 def run_bench_data(
@@ -37,9 +37,13 @@ def run_bench_data(
     repeats: int,
     step_seconds: float | None,
     as_json: bool,
-    **reading: Any,
+    **dataset_args: Any,
 ) -> None:
-    """Measure and print; the arguments are those of the command, `reading` those of `LeRobotDataset`."""
+    """Run the benchmark and print its result.
+
+    Args:
+        dataset_args: arguments of `LeRobotDataset`; the others are those of the command.
+    """
     if batch < 1 or repeats < 1 or workers < 0 or (step_seconds is not None and step_seconds <= 0):
         raise UsageError(
             f"Expected positive numbers, got batch {batch}, repeats {repeats}, workers {workers}, step_seconds "
@@ -47,18 +51,13 @@ def run_bench_data(
         )
     robot = None if embodiment is None else get_embodiment(embodiment)
     with PlainConsole(stderr=True).status(f"reading {path}"):  # shown on a terminal only
-        dataset = LeRobotDataset(
-            path,
-            action_horizon=config.require("action_horizon"),
-            embodiment=robot,
-            columns=(),
-            **reading,
-        )
-        robot = robot or _robot_of(dataset)
+        horizon = config.require("action_horizon")
+        dataset = LeRobotDataset(path, action_horizon=horizon, embodiment=robot, columns=(), **dataset_args)
+        robot = robot or _generic_robot(dataset)
         frame_ms = 1e3 * _frame_seconds(dataset) if dataset.camera_keys else 0.0
         samples = _samples(dataset, robot, config)
         seconds = _batch_seconds(samples, len(dataset), batch, workers, repeats)
-    share = None if step_seconds is None else wait_share(seconds, step_seconds, workers)
+    waiting = None if step_seconds is None else wait_share(seconds, step_seconds, workers)
     console = PlainConsole(stderr=as_json, soft_wrap=True)
     console.print(
         f"{pathlib.PurePath(path).name}: {batch / seconds:.1f} samples/s with {counted(workers, 'worker')}, "
@@ -67,19 +66,27 @@ def run_bench_data(
     )
     if note := rate_note(dataset.fps, dataset.recorded_fps, robot):
         console.print(f"{path} is {note}")
-    if share is not None:
-        console.print(f"a training step of {step_seconds:g} s would wait for data {share:.0%} of the time")
+    if waiting is not None:
+        console.print(f"training with steps of {step_seconds:g} s would wait for data {waiting:.0%} of the time")
     if as_json:
-        document = {"samples_per_second": batch / seconds, "frame_ms": frame_ms, "cameras": dataset.camera_keys}
-        document |= {"batch": batch, "workers": workers, "batch_seconds": seconds}
-        print_json({**document, "step_seconds": step_seconds, "wait_share": share})
+        document = {
+            "samples_per_second": batch / seconds,
+            "frame_ms": frame_ms,
+            "cameras": dataset.camera_keys,
+            "batch": batch,
+            "workers": workers,
+            "batch_seconds": seconds,
+            "step_seconds": step_seconds,
+            "wait_share": waiting,
+        }
+        print_json(document)
 
 
 def wait_share(batch_seconds: float, step_seconds: float, workers: int) -> float:
-    """Share of the time in which training waits for data.
+    """Fraction of the time that training waits for data.
 
-    Worker processes prepare the next batch during a step, and the step waits for what is longer than itself; without
-    them the two take turns.
+    Worker processes load the next batch during a step, so training waits only if loading takes longer than the step.
+    Without workers, loading and training alternate.
     """
     if not workers:
         return batch_seconds / (batch_seconds + step_seconds)
@@ -87,13 +94,13 @@ def wait_share(batch_seconds: float, step_seconds: float, workers: int) -> float
 
 
 def _frame_seconds(dataset: LeRobotDataset) -> float:
-    """Seconds to decode an image; those of the numbers are taken off."""
-    chosen = generator_at(0, "bench data").integers(0, len(dataset), _NUM_FRAMES).tolist()
-    dataset[chosen[0]]  # opens files
+    """Seconds to decode one image, without the time to read states and actions."""
+    indices = generator_at(0, "bench data").integers(0, len(dataset), _NUM_FRAMES).tolist()
+    dataset[indices[0]]  # opens files
 
     def seconds(read: Callable[[int], object]) -> float:
         start = time.perf_counter()
-        for i in chosen:
+        for i in indices:
             read(i)
         return time.perf_counter() - start
 
@@ -103,7 +110,7 @@ def _frame_seconds(dataset: LeRobotDataset) -> float:
 def _batch_seconds(samples: Samples, num_frames: int, batch: int, workers: int, num_batches: int) -> float:
     order = TrainingOrder([np.arange(num_frames)], TrainConfig(batch_size=batch, num_steps=num_batches + 1))
     batches = iter(samples.batches(order, workers))
-    next(batches)  # the processes start
+    next(batches)  # starts the worker processes
     start = time.perf_counter()
     for _ in itertools.islice(batches, num_batches):
         pass
@@ -111,7 +118,7 @@ def _batch_seconds(samples: Samples, num_frames: int, batch: int, workers: int, 
 
 
 def _samples(dataset: LeRobotDataset, robot: Embodiment, config: Pi0Config) -> Samples:
-    # Made-up statistics and another tokenizer: they change nothing in the time, and computing statistics would.
+    # Dummy statistics and a small tokenizer do not affect the timing; computing real statistics would take long.
     stats = NormStats(np.zeros(config.action_dim), np.ones(config.action_dim))
     transforms = Transforms(
         norm_stats=dict.fromkeys(QUANTITIES, stats),
@@ -125,8 +132,8 @@ def _samples(dataset: LeRobotDataset, robot: Embodiment, config: Pi0Config) -> S
     return Samples([Frames(dataset, robot, transforms)], SampleRng(seed=0, flow_samples_per_obs=1))
 
 
-def _robot_of(dataset: LeRobotDataset) -> Embodiment:
-    """A robot with the dataset's dimensions and cameras, but for those of depth."""
+def _generic_robot(dataset: LeRobotDataset) -> Embodiment:
+    """Robot with the dataset's dimensions and its color cameras."""
     cameras = [key.split(".")[-1] for key in dataset.camera_keys if key not in dataset.depth_keys]
     state, action = (dataset.columns[name].shape[1] for name in ("observation.state", "action"))
     return Embodiment.generic(

@@ -1,7 +1,7 @@
-"""Floor of a workload: the time that its operations need at the machine's peak, and what was measured next to it.
+"""Floor of a workload, the time that its operations need at the machine's peak, compared with the measured time.
 
-The floor of an operation is the larger of FLOPs / peak and bytes / bandwidth, with the peak of a large matmul in the
-same dtype and the bandwidth of a large copy, both measured in the same run. `model.operations` counts both.
+The floor of an operation is the larger of FLOPs / peak and bytes / bandwidth. The same run measures the peak with a
+large matmul in the same dtype, and the bandwidth with a large copy. `model.operations` counts FLOPs and bytes.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -20,21 +21,21 @@ from torchpi.ui.tables import Column, Table
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One benchmark and its floor in the same run; medians over the repeats."""
+    """Result of a benchmark: medians over its repeats."""
 
     name: str
     seconds: float
     floor: float
-    """Seconds."""
+    """Floor in seconds."""
     ratio: float
-    """Each run's time over the floor at the machine's speed just then."""
+    """Time divided by the floor at the machine's speed in the same repeat."""
     operations: list[Op]
     machine: Machine
     busy_seconds: float | None = None
-    """While other processes kept all cores busy, where that was measured."""
+    """Time while other processes kept all cores busy, if measured."""
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON document."""
+        """JSON document."""
         rates = {"flops_per_second": self.machine.flops, "bytes_per_second": self.machine.bytes}
         times = {"seconds": self.seconds, "floor": self.floor, "ratio": self.ratio}
         if self.busy_seconds is not None:
@@ -42,19 +43,17 @@ class Result:
         return {"name": self.name, **times, **rates}
 
     def print(self, console: Console) -> None:
-        """Print the result, and the floor operation by operation."""
+        """Print the result, and a table of the floor per operation."""
         console.print(
             f"\n[bold]{self.name}[/bold]: {1e3 * self.seconds:.1f} ms, floor {1e3 * self.floor:.1f} ms, ratio "
             f"{self.ratio:.2f} (this run: {self.machine.flops / 1e9:.0f} GFLOP/s, {self.machine.bytes / 1e9:.1f} GB/s)"
         )
         if self.busy_seconds is not None:
-            times = f"{1e3 * self.busy_seconds:.1f} ms, {self.busy_seconds / self.seconds:.2f} times as long"
-            console.print(f"while other processes keep all cores busy: {times}")
-        totals: dict[str, list[float]] = {}
+            slowdown = self.busy_seconds / self.seconds
+            console.print(f"with all cores busy: {1e3 * self.busy_seconds:.1f} ms, {slowdown:.2f} times as long")
+        totals: dict[str, np.ndarray] = {}  # FLOPs, bytes and floor by name
         for op in self.operations:
-            row = totals.setdefault(op.name, [0.0, 0.0, 0.0])
-            for i, value in enumerate((op.flops, op.bytes, op.floor(self.machine))):
-                row[i] += value
+            totals[op.name] = totals.get(op.name, np.zeros(3)) + (op.flops, op.bytes, op.floor(self.machine))
         rows = [
             (name, f"{flops / 1e9:.2f}", f"{size / 1e9:.3f}", f"{1e3 * floor:.2f}", f"{100 * floor / self.floor:.1f} %")
             for name, (flops, size, floor) in sorted(totals.items(), key=lambda item: -item[1][2])
@@ -64,15 +63,15 @@ class Result:
 
 
 def measure(name: str, run: Callable[[], Any], operations: list[Op], work: Workload, repeats: int) -> Result:
-    """Time a workload and the machine in turn, because the speed of a shared machine drifts within seconds."""
+    """Time a workload and the machine alternately, because the speed of a shared machine drifts within seconds."""
     device = torch.device(work.device)
-    measure_now = measure_machine(work.dtype, device)
+    measure_peak = measure_machine(work.dtype, device)
     for _ in range(2):  # warm-up
-        measure_now()
+        measure_peak()
         run()
     machines, times, floors = [], [], []
     for _ in range(repeats):
-        machines.append(measure_now())
+        machines.append(measure_peak())
         floors.append(sum(op.floor(machines[-1]) for op in operations))
         times.append(timed(run, device))
     ratios = [seconds / floor for seconds, floor in zip(times, floors, strict=True)]
@@ -83,7 +82,7 @@ def measure(name: str, run: Callable[[], Any], operations: list[Op], work: Workl
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Callable[[], Machine]:
-    """A function that measures the peak of a large matmul and the bandwidth of a large copy, now: the best of three."""
+    """Function that measures the peak of a large matmul and the bandwidth of a large copy, each the best of three."""
     side = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
@@ -99,7 +98,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Callable[[], Ma
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one run."""
+    """Duration of one run in seconds."""
     synchronize = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()

@@ -26,21 +26,22 @@ _BLOCK = 1 << 26
 def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) -> None:
     """Load a policy or checkpoint, then convert it, and print time and peak memory.
 
-    The floor reads the same arrays (through tensorstore, or the files' bytes), and for converting writes as many bytes.
+    The floor is the time to read the same arrays (with tensorstore) or files, and to write as many bytes.
     """
     results = {}
-    for what in ("load", "convert"):
-        parent = existing_folder(path).resolve().parent if what == "convert" else None  # on the checkpoint's disk
+    for operation in ("load", "convert"):
+        is_convert = operation == "convert"
+        parent = existing_folder(path).resolve().parent if is_convert else None  # on the checkpoint's disk
         with tempfile.TemporaryDirectory(dir=parent, prefix=".torchpi_bench_") as scratch:
-            arguments = (path, getattr(torch, dtype), config, pathlib.Path(scratch) if what == "convert" else None)
-            measure(_floor, *arguments)  # warms the disk's cache
+            arguments = (path, getattr(torch, dtype), config, pathlib.Path(scratch) if is_convert else None)
+            measure(_floor, *arguments)  # warms up the disk cache
             floor = measure(_floor, *arguments)["seconds"]
-            found = results[what] = {**measure(_load, *arguments), "floor": floor}
-        size = found["model_bytes"]
+            result = results[operation] = {**measure(_load, *arguments), "floor": floor}
+        seconds, size = result["seconds"], result["model_bytes"]
         print(
-            f"{what} {path}: {found['seconds']:.2f} s, {found['seconds'] / floor:.2f} × its floor of {floor:.2f} s; "
-            f"model {size / 1e9:.3f} GB in {dtype}; peak {found['peak_anonymous'] / size:.2f} × that of its own, "
-            f"{found['peak_rss'] / size:.2f} × with mapped files",
+            f"{operation} {path}: {seconds:.2f} s, {seconds / floor:.2f} × its floor of {floor:.2f} s; "
+            f"model {size / 1e9:.3f} GB in {dtype}; peak memory {result['peak_anonymous'] / size:.2f} × the model, "
+            f"{result['peak_rss'] / size:.2f} × with mapped files",
             file=sys.stderr if as_json else sys.stdout,
         )
     if as_json:
@@ -48,36 +49,42 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
 
 
 def measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
-    """Run a function that returns a model's bytes in a fresh process: its time, wall clock and CPU, and peak memory."""
+    """Run a function that returns a model's size in bytes in a fresh process; returns wall and CPU time, peak memory."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_watched, work, *arguments).result()
+        return pool.submit(_measure, work, *arguments).result()
 
 
-def _watched(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
-    for module in ("safetensors", "tensorstore"):  # before the clock starts
+def _measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
+    for module in ("safetensors", "tensorstore"):  # import time is not measured
         importlib.import_module(module)
-    before, found, done = _memory(), [_memory()], threading.Event()
+    rss_before, anonymous_before = _memory()
+    samples, done = [_memory()], threading.Event()
 
-    def watch() -> None:
+    def sample_memory() -> None:
         while not done.wait(0.002):
-            found.append(_memory())
+            samples.append(_memory())
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    start, cpu = time.perf_counter(), time.process_time()
+    sampler = threading.Thread(target=sample_memory, daemon=True)
+    sampler.start()
+    start, cpu_start = time.perf_counter(), time.process_time()
     size = work(*arguments)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     done.set()
-    watcher.join()
-    rss, anonymous = (max(each) - least for each, least in zip(zip(*found, strict=True), before, strict=True))
-    return {"seconds": seconds, "cpu": cpu, "model_bytes": size, "peak_rss": rss, "peak_anonymous": anonymous}
+    sampler.join()
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "model_bytes": size,
+        "peak_rss": max(rss for rss, _ in samples) - rss_before,
+        "peak_anonymous": max(anonymous for _, anonymous in samples) - anonymous_before,
+    }
 
 
 def _memory() -> tuple[int, int]:
-    """Resident bytes of this process, and those that are not of files."""
+    """Resident bytes of this process, in total and without mapped files."""
     info = psutil.Process().memory_info()
-    return info.rss, info.rss - getattr(info, "shared", 0)  # only Linux tells
+    return info.rss, info.rss - getattr(info, "shared", 0)  # only Linux reports shared pages
 
 
 def _load(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path | None) -> int:
@@ -88,7 +95,7 @@ def _load(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path |
 
 
 def _floor(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path | None) -> int:
-    """Read the arrays that `_load` reads, as their library does it fastest, and write as many bytes as it writes."""
+    """Read the same data as `_load` in the fastest way, and write as many bytes."""
     checkpoint = open_checkpoint(path, config=config)
     files = sorted(checkpoint.root.glob("*.safetensors"))
     buffer = memoryview(bytearray(_BLOCK))
@@ -101,8 +108,8 @@ def _floor(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path 
     size = sum(parameter.numel() for parameter in Pi0(checkpoint.config, device="meta").parameters()) * dtype.itemsize
     if out is not None:
         with (out / "floor").open("wb", buffering=0) as target:
-            left = size
-            while left > 0:
-                left -= target.write(buffer[:left])
+            remaining = size
+            while remaining > 0:
+                remaining -= target.write(buffer[:remaining])
         (out / "floor").unlink()
     return size

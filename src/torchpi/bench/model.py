@@ -1,4 +1,4 @@
-"""`bench model` and `bench train`: sampling and a training step, each next to its floor."""
+"""`bench model` and `bench train`: sampling and a training step, compared with their floors."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from torchpi.types import Observation
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import PlainConsole
 
-# A model that two CPU cores run in a second: big enough that matmuls dominate, as they do at full size.
+# Two CPU cores run this model in a second. It is large enough that matmuls dominate, as they do at full size.
 MID = Pi0Config(
     pi05=True,
     paligemma_variant=GemmaConfig(width=512, depth=6, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64),
@@ -39,7 +39,7 @@ MID = Pi0Config(
 
 
 def bench_config(name: str) -> Pi0Config:
-    """ "mid", the name of a preset, or a JSON file."""
+    """Config of "mid", of a preset, or from a JSON file."""
     if name == "mid":
         return MID
     if name in PRESETS:
@@ -50,7 +50,7 @@ def bench_config(name: str) -> Pi0Config:
 
 
 def run_bench(
-    what: Sequence[str],
+    names: Sequence[str],
     work: Workload,
     *,
     engine: Mode | None,
@@ -59,18 +59,24 @@ def run_bench(
     repeats: int,
     as_json: bool,
 ) -> None:
-    """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio."""
-    counts = {"batch": work.batch, "cameras": work.num_cameras, "prompt_tokens": work.prompt_tokens}
-    counts |= {"repeats": repeats, "flow_samples_per_obs": work.flow_samples_per_obs}
-    counts["num_samples"] = work.num_samples
+    """Run "model" (sampling) or "train" (a training step), and print time, floor and ratio."""
+    counts = {
+        "batch": work.batch,
+        "cameras": work.num_cameras,
+        "prompt_tokens": work.prompt_tokens,
+        "repeats": repeats,
+        "flow_samples_per_obs": work.flow_samples_per_obs,
+        "num_samples": work.num_samples,
+    }
     if wrong := {name: count for name, count in counts.items() if count < 1}:
         raise UsageError(f"Expected positive numbers, got {wrong}.")
-    if work.prompt_tokens > (longest := work.config.require("max_token_len")):
-        raise UsageError(f"{work.prompt_tokens} prompt tokens do not fit into max_token_len {longest}.")
+    max_token_len = work.config.require("max_token_len")
+    if work.prompt_tokens > max_token_len:
+        raise UsageError(f"{work.prompt_tokens} prompt tokens do not fit into max_token_len {max_token_len}.")
     console = PlainConsole(stderr=as_json)
     console.print(describe_machine(torch.device(work.device)))
     results = []
-    for name in what:
+    for name in names:
         if name == "model":
             results.append(bench_model(work, repeats=repeats, engine=engine, busy=busy))
         else:
@@ -88,10 +94,10 @@ def describe_machine(device: torch.device) -> str:
 
 
 def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None, busy: bool = False) -> Result:
-    """Measure `sample_actions` of the model, or of an engine.
+    """Measure `sample_actions` of the model or an engine.
 
     Args:
-        busy: measure it once more while other processes keep all cores busy.
+        busy: measure a second time while other processes keep all cores busy.
     """
     model = Pi0(work.config, device=work.device).to(work.dtype).eval()
     observation = make_observation(work, torch.device(work.device))
@@ -103,7 +109,9 @@ def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None,
 
     run()
     if isinstance(sampler, InferenceEngine) and not sampler.metadata["warm_buckets"]:
-        raise UsageError("The engine has no bucket for so many samples, or could not prepare it: see the warning.")
+        raise UsageError(
+            "The engine has no bucket for this batch size, or could not prepare it; see the warning above."
+        )
     name = "sample_actions" if work.num_samples == 1 else f"sample_many, {work.num_samples} samples"
     name += "" if engine is None else f", {engine} engine"
     result = measure(name, run, sampling_ops(work), work, repeats)
@@ -116,7 +124,7 @@ def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None,
 
 @contextlib.contextmanager
 def busy_cores() -> Iterator[None]:
-    """A process per core that never waits, as on a robot's computer that does other things too."""
+    """Keep every core busy with a process, as on a robot's computer that runs other programs too."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         yield
@@ -129,7 +137,7 @@ def busy_cores() -> Iterator[None]:
 def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
     """Measure one update of `torchpi train`: float32 weights, matmuls in the workload's dtype, AdamW, EMA weights."""
     model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
-    if compiled:  # as the recipe's `compile` does
+    if compiled:
         compile_layers(model)
     config = TrainConfig(batch_size=work.batch, optim=OptimConfig(flow_samples_per_obs=work.flow_samples_per_obs))
     state = TrainState.create(model, weight_decay=config.optim.weight_decay, ema=True)
@@ -138,7 +146,7 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
     generator = torch.Generator(device).manual_seed(0)
     noise = torch.randn(shape, generator=generator, device=device)
     time = torch.rand(shape[:2], generator=generator, device=device)
-    # The trainer drops padding that all samples of a batch have.
+    # The trainer drops padding common to all samples of a batch.
     observation = make_observation(work, device, padded=False)
     batch = Batch(observation, noise[:, 0], torch.ones_like(noise[:, 0], dtype=torch.bool), noise, time, indices=())
     parallel = single_process(model)
@@ -146,7 +154,7 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
 
 
 def make_observation(work: Workload, device: torch.device, *, padded: bool = True) -> Observation:
-    """A batch of random images and a prompt of the workload's length, padded as a policy's is."""
+    """Batch of random images, and random prompts of the workload's length, padded as in a policy."""
     generator = torch.Generator().manual_seed(0)
     config = work.config
     size, length = config.image_size, config.require("max_token_len") if padded else work.prompt_tokens

@@ -1,7 +1,7 @@
-"""`bench serve`: the time that a server adds to the model's own, and whether many clients are served alike.
+"""`bench serve`: overhead of a policy server, and fairness to many clients.
 
-Client, server and a minimal server (receive, infer, send) are processes of their own; the model is a pause. Requests go
-to both servers in turn, so that other work of the machine hits both alike: their ratio is the figure to compare.
+The client, the server and a minimal server (receive, infer, send) run in separate processes; the model is a pause.
+Requests go to both servers in turn, so that other load on the machine affects both; compare their ratio.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ PERCENTILES = (50, 95, 99)
 
 
 class PausePolicy:
-    """A policy whose model is a pause, in which Python can do other things; its actions are the state."""
+    """Policy whose model is a pause that releases the GIL; its actions are the state."""
 
     engine = None
 
@@ -63,20 +63,21 @@ class PausePolicy:
         return [ActionChunk(actions=chunk, policy_timing={}) for chunk in chunks]
 
 
-# ---- the servers, in processes of their own ----
+# ---- servers, in separate processes ----
 
 
 def serve_policy(pipe: Connection, model_ms: float, max_connections: int) -> None:
-    """torchpi's server, until the other end of the pipe is closed."""
+    """Run torchpi's server until the other end of the pipe is closed."""
     settings = ServeSettings(port=0, max_rate=1e6, max_connections=max_connections)
     with running_server({"pause": lambda: PausePolicy(model_ms / 1e3)}, settings) as (address, _):
         announce(pipe, address)
 
 
 def serve_minimal(pipe: Connection, model_ms: float) -> None:
-    """The smallest server that answers, until the other end of the pipe is closed.
+    """Run a minimal server until the other end of the pipe is closed.
 
-    Of the two servers in `websockets` the one for asyncio is faster here, above all at the 99th percentile.
+    It uses asyncio, because that server of `websockets` is faster than the threaded one, especially at the 99th
+    percentile.
     """
     policy = PausePolicy(model_ms / 1e3)
 
@@ -107,17 +108,17 @@ def announce(pipe: Connection, address: str) -> None:
 
 @contextlib.contextmanager
 def server_process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[str, psutil.Process]]:
-    """Run `target(pipe, *arguments)` in a process; its address and the process."""
-    context = multiprocessing.get_context("spawn")  # as `torchpi serve` would begin: nothing of this process is in it
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_run_server, args=(target, theirs, *arguments), daemon=True)
+    """Run `target(pipe, *arguments)` in a process, and yield the server's address and the process."""
+    context = multiprocessing.get_context("spawn")  # a fresh interpreter, as for `torchpi serve`
+    pipe, server_pipe = context.Pipe()
+    process = context.Process(target=_run_server, args=(target, server_pipe, *arguments), daemon=True)
     process.start()
-    theirs.close()
+    server_pipe.close()
     try:
         try:
             address = pipe.recv()
         except EOFError as error:
-            raise ServingError("The server's process ended before it listened; its error is above.") from error
+            raise ServingError("The server process exited before it was listening; see its error above.") from error
         yield address, psutil.Process(process.pid)
     finally:
         pipe.close()
@@ -127,43 +128,46 @@ def server_process(target: Callable[..., None], *arguments: Any) -> Iterator[tup
 
 
 def _run_server(target: Callable[..., None], *arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that measures
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the measuring process
     target(*arguments)
 
 
-# ---- the measurement ----
+# ---- measurement ----
 
 
 def run_bench_serving(
     *, model_ms: float, runs: int, requests: int, clients: int, seconds: float, as_json: bool = False
 ) -> None:
-    """Measure and print, a line per run on stderr; the arguments are those of the command."""
-    counts = {"runs": runs, "requests": requests - 1, "clients": clients, "seconds": seconds}
-    if wrong := [name for name, value in counts.items() if value <= 0] + ["model_ms"] * (model_ms < 0):
-        raise UsageError(f"{wrong[0]} is too small; expected a positive number, and at least two requests.")
-    # No progress bar: drawing it would take the client's time, and be measured.
+    """Run the benchmark of the command and print the result, with a line per run on stderr."""
+    minimums = {"runs": (runs, 1), "requests": (requests, 2), "clients": (clients, 1), "model_ms": (model_ms, 0)}
+    wrong = [name for name, (value, minimum) in minimums.items() if value < minimum]
+    if wrong or seconds <= 0:
+        name = (wrong or ["seconds"])[0]
+        raise UsageError(f"{name} is too small; expected a positive number, and at least two requests.")
+    # No progress bar: drawing it would be part of the client's measured time.
     console = PlainConsole(stderr=True, soft_wrap=True)
     observation = PausePolicy(0.0).example_observation()
-    found = []
+    results = []
     with server_process(serve_policy, model_ms, clients + 1) as (address, process):
         with server_process(serve_minimal, model_ms) as (minimal_address, _):
             for run in range(runs):
-                found.append(_overhead(address, minimal_address, observation, requests))
-                ratios = ", ".join(f"{name} {value:.2f}" for name, value in found[-1]["ratio"].items())
+                results.append(_measure_overhead(address, minimal_address, observation, requests))
+                ratios = ", ".join(f"{name} {value:.2f}" for name, value in results[-1]["ratio"].items())
                 console.print(f"run {run + 1} of {runs}, ratio to the minimal server: {ratios}")
         console.print(f"{counted(clients, 'client')}, {seconds:g} s")
-        load = _load(address, observation, clients, seconds, process)
+        load = _measure_load(address, observation, clients, seconds, process)
     overhead = {
-        key: {name: statistics.median(one[key][name] for one in found) for name in found[0][key]} for key in found[0]
+        key: {name: statistics.median(result[key][name] for result in results) for name in percentiles}
+        for key, percentiles in results[0].items()
     }
-    document = {"model_ms": model_ms, "requests": requests, "overhead": overhead, "runs": found, "load": load}
     if as_json:
-        print_json(document)
+        summary = {"model_ms": model_ms, "requests": requests, "overhead": overhead, "runs": results, "load": load}
+        print_json(summary)
         return
     console = PlainConsole(soft_wrap=True)
     console.print(
-        f"three cameras of {SIZE} x {SIZE}, a model of {model_ms:g} ms, loopback; round trip minus inference of one "
-        f"client, medians of {counted(runs, 'run')} of {counted(requests, 'request')}"
+        f"three cameras of {SIZE} x {SIZE}, a model of {model_ms:g} ms, loopback; round trip minus inference for one "
+        f"client, medians of {counted(runs, 'run')} with {counted(requests, 'request')} each"
     )
     titles = {"server_ms": "torchpi serve, ms", "minimal_ms": "minimal server, ms", "ratio": "ratio"}
     rows = [(title, *(f"{value:.2f}" for value in overhead[key].values())) for key, title in titles.items()]
@@ -171,62 +175,62 @@ def run_bench_serving(
     console.print(Table(columns, rows).to_rich(), crop=False)
     console.print(
         f"{counted(clients, 'client')}, {seconds:g} s: {load['requests_per_second']:.0f} requests/s, "
-        f"{load['errors']} errors, {load['mean_batch']:.1f} requests per pass; slowest client "
-        f"{load['slowest_to_mean']:.2f} of the mean; memory of the server {load['memory_mb']:.0f} MiB, "
+        f"{load['errors']} errors, {load['mean_batch']:.1f} requests per batch; slowest client at "
+        f"{load['slowest_to_mean']:.2f} of the mean rate; server memory {load['memory_mb']:.0f} MiB, "
         f"{load['memory_growth_mb']:+.1f} in the second half"
     )
 
 
-def _overhead(
+def _measure_overhead(
     address: str, minimal_address: str, observation: dict[str, Any], requests: int
 ) -> dict[str, dict[str, float]]:
-    """Percentiles of round trip minus inference of both servers, and their ratios."""
+    """Percentiles of round trip minus inference for both servers, and their ratios."""
     times: tuple[list[float], list[float]] = ([], [])
     with WebsocketPolicy(address) as server, WebsocketPolicy(minimal_address) as minimal:
         for _ in range(requests):
-            for client, own in zip((server, minimal), times, strict=True):
+            for client, client_times in zip((server, minimal), times, strict=True):
                 start = time.perf_counter()
-                answer = client.infer(observation)
-                own.append(1e3 * (time.perf_counter() - start) - answer["server_timing"]["infer_ms"])
-    server_ms, minimal_ms = (np.percentile(own, PERCENTILES) for own in times)
+                response = client.infer(observation)
+                client_times.append(1e3 * (time.perf_counter() - start) - response["server_timing"]["infer_ms"])
+    server_ms, minimal_ms = (np.percentile(client_times, PERCENTILES) for client_times in times)
     rows = {"server_ms": server_ms, "minimal_ms": minimal_ms, "ratio": server_ms / minimal_ms}
     names = [f"p{q}" for q in PERCENTILES]
     return {key: dict(zip(names, row.tolist(), strict=True)) for key, row in rows.items()}
 
 
-def _load(
-    address: str, observation: dict[str, Any], clients: int, seconds: float, process: psutil.Process
+def _measure_load(
+    address: str, observation: dict[str, Any], num_clients: int, seconds: float, process: psutil.Process
 ) -> dict[str, int | float]:
-    """Requests of clients that all ask at once, each again as soon as it is answered."""
-    counts, errors = [0] * clients, [0] * clients
-    batches: list[int] = []
+    """Load test with concurrent clients, each of which sends a request as soon as the previous one is answered."""
+    counts, errors = [0] * num_clients, [0] * num_clients
+    batch_sizes: list[int] = []
 
-    def ask(client: WebsocketPolicy, number: int) -> None:
+    def send_requests(client: WebsocketPolicy, index: int) -> None:
         while time.perf_counter() < end:
             try:
-                batches.append(client.infer(observation)["server_timing"]["batch_size"])
-                counts[number] += 1
+                batch_sizes.append(client.infer(observation)["server_timing"]["batch_size"])
+                counts[index] += 1
             except (RuntimeError, OSError):
-                errors[number] += 1
+                errors[index] += 1
 
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(WebsocketPolicy(address)) for _ in range(clients)]
-        threads = [threading.Thread(target=ask, args=(each, i), daemon=True) for i, each in enumerate(connections)]
+        clients = [stack.enter_context(WebsocketPolicy(address)) for _ in range(num_clients)]
+        threads = [threading.Thread(target=send_requests, args=(c, i), daemon=True) for i, c in enumerate(clients)]
         end = time.perf_counter() + seconds
         for thread in threads:
             thread.start()
         time.sleep(seconds / 2)
-        half = process.memory_info().rss
+        memory_at_half = process.memory_info().rss
         for thread in threads:
             thread.join()
     memory = process.memory_info().rss
     return {
-        "clients": clients,
+        "clients": num_clients,
         "seconds": seconds,
         "requests_per_second": sum(counts) / seconds,
         "errors": sum(errors),
         "slowest_to_mean": min(counts) / max(statistics.mean(counts), 1e-9),  # 1 is fair
-        "mean_batch": statistics.mean(batches) if batches else 0.0,
+        "mean_batch": statistics.mean(batch_sizes) if batch_sizes else 0.0,
         "memory_mb": memory / 2**20,
-        "memory_growth_mb": (memory - half) / 2**20,
+        "memory_growth_mb": (memory - memory_at_half) / 2**20,
     }
