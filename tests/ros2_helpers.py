@@ -22,7 +22,7 @@ class FakeRos:
         """Called with the number of messages on the topic so far."""
         self.sent = {}
         """Published messages per topic, as a subscriber receives them."""
-        self.others = {}
+        self.other_publishers = {}
         """Message types of other publishers per topic."""
         self.listeners = {}
         """Message types of other subscribers per topic."""
@@ -53,7 +53,7 @@ class FakeRos:
         return make
 
     def publishers(self, topic):
-        return self.others.get(topic, [])
+        return self.other_publishers.get(topic, [])
 
     def subscribers(self, topic):
         return self.listeners.get(topic, [])

@@ -84,7 +84,7 @@ def device_of(model: Pi0, device: str = GPU, **borders: Any) -> Iterator[Record]
 
 
 def result(record: Record, **more: Any) -> dict[str, Any]:
-    findings = [dataclasses.asdict(finding) | {"said": str(finding)} for finding in record.findings]
+    findings = [dataclasses.asdict(finding) | {"text": str(finding)} for finding in record.findings]
     return {"findings": findings, "borders": dict(record.border_crossings), **more}
 
 
@@ -114,8 +114,8 @@ def previous_chunk(kind: str, device: str, sizes: Pi0Config) -> dict[str, Any]:
     if "guided" in kind:
         inputs["guidance"] = Guidance(torch.zeros(shape, device=device), torch.zeros(shape, device=device))
     if "prefix" in kind:
-        known = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-        inputs["action_prefix"] = ActionPrefix(torch.zeros(shape, device=device), known)
+        in_prefix = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        inputs["action_prefix"] = ActionPrefix(torch.zeros(shape, device=device), in_prefix)
     return inputs
 
 

@@ -1,12 +1,12 @@
 """GPU of fake tensors, with shapes, dtypes and devices but no values. It records what would fail or wait on a real GPU.
 
-A mode sees every operation. It records, with the project's line that asks for it: operands on two devices; values that
-the host waits for; tensors that are copied from the host's memory, which wait as well and forbid the capture of a CUDA
-graph; float64; generators of another device; the dtypes of matmuls.
+A dispatch mode sees every operation. It records, with the project's line that calls the operation: operands on two
+devices; values that the host waits for; tensors copied from host memory, which also wait and prevent the capture of a
+CUDA graph; float64; generators of another device; and the dtypes of matmuls.
 
 On "cuda" everything runs without autograd, which a build of PyTorch without CUDA cannot start there. "fakegpu" is the
-device of a Python backend, where autograd runs. PyTorch then knows the device in the whole process for good, so this
-belongs into a process of its own. There the host's tensors are real, as they are beside a GPU.
+device of a Python backend, on which autograd runs. Registering it changes PyTorch for the whole process, so use a
+separate process. Tensors on the host are real.
 """
 
 import contextlib
@@ -89,8 +89,8 @@ class Record:
 
     Args:
         borders: functions of the project, by qualified name, that may read values on the host or copy from it, and
-            the number that each reads. A mask that one of them selects with is True everywhere.
-        other_files: files whose lines count as the project's.
+            the value that each reads. Masks that they index with count as True everywhere.
+        other_files: further files that count as the project's.
     """
 
     def __init__(self, device: str, model: nn.Module, borders: Mapping[str, Any], other_files: tuple[str, ...]) -> None:
@@ -292,9 +292,9 @@ def _indexed(tensor: Tensor, key: Any, value: Any = None) -> Tensor:
         return aten.index(tensor, [key]) if value is None else aten.index_put_(tensor, [key], value)
     keys, axis = list(key if isinstance(key, tuple) else (key,)), 0
     if Ellipsis in keys:
-        place = keys.index(Ellipsis)
+        index = keys.index(Ellipsis)
         missing = tensor.ndim - sum(one is not None for one in keys) + 1
-        keys[place : place + 1] = [slice(None)] * missing
+        keys[index : index + 1] = [slice(None)] * missing
     for one in keys:
         if one is None:
             tensor = tensor.unsqueeze(axis)

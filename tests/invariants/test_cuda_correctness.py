@@ -1,6 +1,6 @@
 """Model, training and `Policy.infer` on a GPU of fake tensors: no mixed devices, no waiting for values.
 
-The cases are cuda_cases.py's. They run in one process of their own, in which PyTorch knows the fake GPU.
+The cases are in cuda_cases.py. They run in one separate process, in which the fake GPU is registered with PyTorch.
 """
 
 import functools
@@ -49,33 +49,33 @@ def results(tmp_path_factory, worker_id):
 
 
 def of(results, name):
-    found = results(name not in RIGHT or name in FAST)[name]
-    assert "error" not in found, found["error"]
-    return found
+    result = results(name not in RIGHT or name in FAST)[name]
+    assert "error" not in result, result["error"]
+    return result
 
 
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RIGHT]
 )
-def test_a_gpu_objects_to_nothing(results, name):
-    found = of(results, name)
-    assert [finding["said"] for finding in found["findings"]] == []
-    assert found["dtypes"] == []
-    assert found["borders"].pop("TimeEmbedding.__call__", 0) == (not name.startswith("batch"))
+def test_case_has_no_findings_on_a_gpu(results, name):
+    result = of(results, name)
+    assert [finding["text"] for finding in result["findings"]] == []
+    assert result["dtypes"] == []
+    assert result["borders"].pop("TimeEmbedding.__call__", 0) == (not name.startswith("batch"))
     if name.startswith("sampling"):
         times = 2 if name == "sampling LoRA" else 1
-        assert found["borders"] == {"Pi0._embed_valid_prefix": 3 * times, "Pi0.sample_many": times}
-        assert set(found["borders"]) == set(DROPPED)
+        assert result["borders"] == {"Pi0._embed_valid_prefix": 3 * times, "Pi0.sample_many": times}
+        assert set(result["borders"]) == set(DROPPED)
     elif name.startswith("update"):  # two of them
-        assert found["borders"] == dict.fromkeys(IN_UPDATE, 2)
+        assert result["borders"] == dict.fromkeys(IN_UPDATE, 2)
     elif name.startswith("batch"):
-        assert found["borders"].keys() == {"to_device"}
+        assert result["borders"].keys() == {"to_device"}
     elif name.startswith("loss"):
-        assert found["borders"] == {}
+        assert result["borders"] == {}
 
 
 @pytest.mark.parametrize(("kind", "function"), WRONG)
-def test_a_mistake_is_found_with_its_line(results, kind, function):
+def test_mistake_is_found_with_its_line(results, kind, function):
     findings = of(results, function.__name__)["findings"]
     assert {finding["kind"] for finding in findings} == {kind}
     for finding in findings:
@@ -84,10 +84,10 @@ def test_a_mistake_is_found_with_its_line(results, kind, function):
         assert finding["text"] == FILE.read_text().splitlines()[finding["line"] - 1].strip()
 
 
-def test_a_mistake_in_the_backward_pass_is_found(results):
+def test_mistake_in_the_backward_pass_is_found(results):
     (finding,) = of(results, "mistake in the backward pass")["findings"]
     assert finding["function"] == "reads_a_number"
 
 
-def test_a_wrong_dtype_is_found(results):
+def test_wrong_dtype_is_found(results):
     assert of(results, "mistake in the dtype")["dtypes"]

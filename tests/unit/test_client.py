@@ -232,10 +232,10 @@ def test_truncated_bytes_are_refused(wire_cases):
 @given(st.data())
 def test_damaged_bytes_are_read_or_refused(wire_cases, data):
     damaged = bytearray(data.draw(st.sampled_from([case for case, _, _ in wire_cases.values()])))
-    for place, byte in data.draw(
+    for index, byte in data.draw(
         st.dictionaries(st.integers(0, len(damaged) - 1), st.integers(0, 255), max_size=4)
     ).items():
-        damaged[place] = byte
+        damaged[index] = byte
     with contextlib.suppress(ValueError):
         unpack(bytes(damaged))
 
@@ -389,13 +389,13 @@ def test_first_message_without_metadata_is_an_error(first, error, message):
 
 
 def test_late_answer_is_never_taken_for_next_one():
-    asked, late = threading.Event(), threading.Event()
+    requested, late = threading.Event(), threading.Event()
 
     def first_answer_is_late(connection):
         connection.send(pack(METADATA))
         for request in connection:
-            if not asked.is_set():
-                asked.set()
+            if not requested.is_set():
+                requested.set()
                 late.wait()
             with contextlib.suppress(ConnectionClosed):
                 connection.send(request)
@@ -700,13 +700,13 @@ def test_metadata_with_arrays_and_nan_are_compared_after_reconnecting():
 
 
 def test_close_ends_request_in_progress():
-    asked = threading.Event()
+    requested = threading.Event()
     caught = []
 
     def silent(connection):
         connection.send(pack(METADATA))
         connection.recv()
-        asked.set()
+        requested.set()
         for _ in connection:
             pass
 
@@ -720,7 +720,7 @@ def test_close_ends_request_in_progress():
 
         thread = threading.Thread(target=ask)
         thread.start()
-        asked.wait()
+        requested.wait()
         policy.close()
         thread.join()
     assert len(caught) == 1
@@ -746,18 +746,18 @@ def test_asyncio_deadline_includes_queueing_and_cancelled_request_ends():
         connection.send(pack(METADATA))
         if not connections:
             connections.append(connection)
-            asked.append(connection.recv())
+            requested.append(connection.recv())
             for _ in connection:
                 pass
         else:
             connection.send(connection.recv())
 
-    connections, asked = [], []
+    connections, requested = [], []
 
     async def ask(url):
         async with AsyncWebsocketPolicy(url) as policy:
             under_way = asyncio.ensure_future(policy.infer({"number": 1}))
-            await asyncio.get_running_loop().run_in_executor(None, wait_until, lambda: asked)
+            await asyncio.get_running_loop().run_in_executor(None, wait_until, lambda: requested)
             with pytest.raises(TimeoutError, match=r"No answer from ws://.* in 0.1 s"):
                 await policy.infer({"number": 2}, timeout=0.1)
             assert not under_way.done()

@@ -328,10 +328,10 @@ def test_warm_up_is_repeated_after_missed_deadline(caplog):
 @pytest.mark.parametrize("answers", [False, True])
 def test_stop_during_warm_up_ends_run_without_command(answers):
     """Stop while the first inference hangs, and while it misses its deadline repeatedly."""
-    asked, free = threading.Event(), threading.Event()
+    requested, free = threading.Event(), threading.Event()
 
     def chunk(number):
-        asked.set()
+        requested.set()
         if answers:
             return TimeoutError("compiling")
         free.wait()
@@ -342,7 +342,7 @@ def test_stop_during_warm_up_ends_run_without_command(answers):
     reports = []
     thread = threading.Thread(target=lambda: reports.append(loop.run(seconds=300)))
     thread.start()
-    asked.wait()
+    requested.wait()
     loop.stop()
     thread.join(timeout=60)
     free.set()
@@ -859,16 +859,16 @@ def test_invalid_settings_are_refused(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("metadata", "message"),
     [
         ({"control_hz": 0}, "The server's control_hz is 0; expected a positive number"),
         ({"control_hz": "50"}, "The server's control_hz is '50'"),
         ({"execute_steps": 2.5}, "The server's execute_steps is 2.5; expected a positive whole number"),
     ],
 )
-def test_invalid_server_metadata_are_refused(said, message):
+def test_invalid_server_metadata_are_refused(metadata, message):
     with pytest.raises(ValueError, match=message):
-        controlled(ScriptedPolicy(**said))
+        controlled(ScriptedPolicy(**metadata))
 
 
 def test_recommendation_beyond_the_chunk_is_refused_unless_the_settings_overrule_it():

@@ -76,8 +76,8 @@ def conditions(names: tuple[str, ...]) -> dict:
     generator = torch.Generator().manual_seed(4)
     chunk = torch.randn(BATCH, HORIZON, ACTION_DIM, generator=generator)
     weight = prefix_weights(HORIZON, DELAYS, torch.tensor([3, 2, 3]))[:, :, None].expand_as(chunk).contiguous()
-    known = torch.arange(HORIZON) < DELAYS[:, None]
-    made = {"guidance": Guidance(chunk, weight), "action_prefix": ActionPrefix(chunk, known)}
+    in_prefix = torch.arange(HORIZON) < DELAYS[:, None]
+    made = {"guidance": Guidance(chunk, weight), "action_prefix": ActionPrefix(chunk, in_prefix)}
     return {name: made[name] for name in names}
 
 
@@ -380,13 +380,13 @@ def test_default_dtype_changes_nothing(dtype):
     torch.set_default_dtype(dtype)
     try:
         weight = prefix_weights(HORIZON, DELAYS, torch.tensor([3, 2, 3]))
-        found = model.sample_actions(observation, generator=generators[1], **samples)
+        actual = model.sample_actions(observation, generator=generators[1], **samples)
         engine = InferenceEngine(model, mode="eager")
         of_engine = engine.sample_actions(observation, generator=generators[2], **samples)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(weight, samples["guidance"].weight[:, :, 0])
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     torch.testing.assert_close(of_engine, expected, rtol=1e-5, atol=5e-6)
 
 
@@ -553,11 +553,11 @@ def test_calls_of_two_threads_do_not_mix():
     engine = InferenceEngine(model, mode="eager")
     observations = [make_observation(lengths) for lengths in ((17, 9, 12), (3, 20, 31))]
     expected = [model.sample_actions(each, noise=noise_of(), num_steps=2) for each in observations]
-    found: list[list[torch.Tensor]] = [[], []]
+    results: list[list[torch.Tensor]] = [[], []]
 
     def sample(which: int) -> None:
         for _ in range(10):
-            found[which].append(engine.sample_actions(observations[which], noise=noise_of(), num_steps=2))
+            results[which].append(engine.sample_actions(observations[which], noise=noise_of(), num_steps=2))
 
     threads = [threading.Thread(target=sample, args=(which,)) for which in range(2)]
     for thread in threads:
@@ -565,8 +565,8 @@ def test_calls_of_two_threads_do_not_mix():
     for thread in threads:
         thread.join()
     for which in range(2):
-        assert len(found[which]) == 10
-        for actions in found[which]:
+        assert len(results[which]) == 10
+        for actions in results[which]:
             torch.testing.assert_close(actions, expected[which], rtol=1e-5, atol=5e-6)
 
 

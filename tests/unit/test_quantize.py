@@ -103,12 +103,12 @@ def test_matmul_of_every_gpu_with_fp8_equals_the_emulation(capability, row_scale
     monkeypatch.setattr(torch, "_scaled_mm", compute)
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     packed = q.takes_rounded(fp8, torch.float32)
-    found = packed(q.to_fp8(x, 0.004)), fp8(x)
+    outputs = packed(q.to_fp8(x, 0.004)), fp8(x)
     monkeypatch.undo()
     shapes = (torch.Size([5, 1]), torch.Size([1, 16])) if row_scales else (torch.Size([]), torch.Size([]))
     assert [call[:2] for call in calls] == [shapes] * 2
     assert (calls[0][2] is not None) == row_scales  # the bias is added by the matmul
-    for each in found:  # up to three roundings to bfloat16
+    for each in outputs:  # up to three roundings to bfloat16
         torch.testing.assert_close(each, packed(q.to_fp8(x, 0.004)), rtol=2**-6, atol=0.05)
 
 
@@ -153,9 +153,9 @@ def test_input_gradient_ignores_rounding(kind):
     quantized_layer = q.QuantizedLinear(layer, kind, 0.01 if kind == "fp8" else None)
     x.requires_grad_()
     gradient = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
-    (found,) = torch.autograd.grad(quantized_layer(x), x, gradient)
+    (input_gradient,) = torch.autograd.grad(quantized_layer(x), x, gradient)
     weight = quantized_layer.weight.float() * quantized_layer.weight_scale[:, None]
-    torch.testing.assert_close(found, gradient @ weight)
+    torch.testing.assert_close(input_gradient, gradient @ weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,18 +326,18 @@ def test_doctor_and_compare_read_a_quantized_policy(kind, folders, source, tmp_p
     assert json.loads(capsys.readouterr().out)["same"] is True
     with pytest.raises(SystemExit):
         main(["compare", str(source), str(folders / kind), *both])
-    found = json.loads(capsys.readouterr().out)
-    assert found["settings"] == [f'quantization: null in A, "{kind}" in B']
-    assert found["first_difference"] == "image tokens base_0_rgb"
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"] == [f'quantization: null in A, "{kind}" in B']
+    assert report["first_difference"] == "image tokens base_0_rgb"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compare_stages_end_in_the_policys_actions(kind, folders):
     policy = torchpi.load_policy(folders / kind, device="cpu")
     noise = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
-    found, _ = _stages_of(policy, request(policy), noise, 10)
+    stages, _ = _stages_of(policy, request(policy), noise, 10)
     actions = policy.infer(request(policy), noise=noise)["actions"]
-    np.testing.assert_allclose(found["actions, robot's units"], actions, atol=2e-3 * abs(actions).max())
+    np.testing.assert_allclose(stages["actions, robot's units"], actions, atol=2e-3 * abs(actions).max())
 
 
 def error_of(capsys, *command):

@@ -582,7 +582,7 @@ def test_rtc_fields_reach_the_server_with_the_observation():
 
 def test_silent_topic_is_named_with_its_publishers():
     rig = Rig(wait=0.5, monotonic=itertools.count().__next__)
-    rig.ros.others = {"/front": [COMPRESSED]}
+    rig.ros.other_publishers = {"/front": [COMPRESSED]}
     with pytest.raises(
         TimeoutError,
         match=r"No observation after 0.5 s: no usable message of images.front .*/front is published as .*Compressed.*; "
@@ -607,7 +607,11 @@ def test_command_topic_without_listener_is_logged(caplog):
 
 def test_topics_of_several_publishers_are_logged(caplog):
     rig = Rig()
-    rig.ros.others = {"/arm/joint_trajectory": [TRAJECTORY] * 2, "/front": [IMAGE] * 2, "/joint_states": ["any"] * 2}
+    rig.ros.other_publishers = {
+        "/arm/joint_trajectory": [TRAJECTORY] * 2,
+        "/front": [IMAGE] * 2,
+        "/joint_states": ["any"] * 2,
+    }
     rig.run()
     assert "1 other publishers of /arm/joint_trajectory: the robot also gets their commands" in caplog.text
     assert "images.front (/front) has 2 publishers" in caplog.text

@@ -139,8 +139,8 @@ def test_guidance_works_in_inference_mode(policy, request_):
     previous = policy.infer(observation, noise=noise[0])["actions"]
     expected = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
     with torch.inference_mode():
-        found = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
-    np.testing.assert_array_equal(found, expected)
+        actual = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_delta_actions_are_anchored_at_the_new_state(policy):
@@ -289,9 +289,9 @@ def test_policy_loaded_in_inference_mode_has_guidance(policy, request_):
     with torch.inference_mode():
         loaded = torchpi.load_policy("demo", device="cpu")
         previous = loaded.infer(observation, noise=noise[0])["actions"]
-    found = loaded.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
+    actual = loaded.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
     expected = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_guidance_of_the_model_in_inference_mode_is_an_error_with_the_remedy():

@@ -35,8 +35,12 @@ def read(url, path, **headers):
 
 
 def summary(url, **headers):
-    status, found, body = read(url, "/dashboard.json", **headers)
-    assert (status, found["Content-Type"], found["Cache-Control"]) == (200, "application/json", "no-store")
+    status, response_headers, body = read(url, "/dashboard.json", **headers)
+    assert (status, response_headers["Content-Type"], response_headers["Cache-Control"]) == (
+        200,
+        "application/json",
+        "no-store",
+    )
     return json.loads(body)
 
 
@@ -58,13 +62,13 @@ def test_summary_has_images_state_and_chunk_of_each_robot():
         image = np.full((6, 8, 3), 200, np.uint8)
         chunk = first.ask({**observation(5.0), "camera": image, "prompt": HOSTILE})["actions"]
         second.ask(observation(6.0))
-        found = summary(url)
-        assert (found["ready"], found["connections"], found["waiting"]) == (True, 2, 0)
-        assert [(policy["name"], policy["embodiment"], policy["robots"]) for policy in found["policies"]] == [
+        content = summary(url)
+        assert (content["ready"], content["connections"], content["waiting"]) == (True, 2, 0)
+        assert [(policy["name"], policy["embodiment"], policy["robots"]) for policy in content["policies"]] == [
             ("p0", "fake", 1),
             ("p1", "fake", 1),
         ]
-        one, other = found["robots"]
+        one, other = content["robots"]
         assert (one["policy"], other["policy"]) == ("p0", "p1")
         assert (one["requests"], one["error"], one["left"]) == (1, None, False)
         assert one["answered"]["prompt"] == HOSTILE
@@ -243,9 +247,9 @@ def test_robots_are_forgotten_after_leaving(dashboard):
         asked_and_answered(dashboard, robot, at=1.0, until=2.0)
         dashboard.leave(robot, 3.0)
     dashboard.leave(dashboard.join(99, "p0", FakePolicy(), ""), 3.0)  # sent no request
-    found = dashboard.summary(3.0, {})["robots"]
-    assert [robot["number"] for robot in found] == list(range(2 * MAX_LEFT, 3 * MAX_LEFT))
-    assert all(robot["left"] for robot in found)
+    robots = dashboard.summary(3.0, {})["robots"]
+    assert [robot["number"] for robot in robots] == list(range(2 * MAX_LEFT, 3 * MAX_LEFT))
+    assert all(robot["left"] for robot in robots)
     assert dashboard.summary(3.0 + FORGET_AFTER, {})["robots"] == []
 
 

@@ -119,8 +119,8 @@ def recorded(path, policy, requests, *, metrics=None):
 def test_absent_optional_camera_is_black_in_its_own_size(tmp_path, order):
     sent = [{"base": image(12, 16)}, {"base": image(12, 16), "wrist": image(6, 6)}]
     frames = recorded(tmp_path / "set", two_cameras(), [(0, sent[i]) for i in order])
-    found = [frame["observation.images.wrist"] for frame in frames]
-    np.testing.assert_array_equal(found, [image(6, 6, 9 * i) for i in order])
+    images = [frame["observation.images.wrist"] for frame in frames]
+    np.testing.assert_array_equal(images, [image(6, 6, 9 * i) for i in order])
 
 
 def test_optional_camera_absent_from_the_first_episode_gets_another_cameras_size(tmp_path):
@@ -128,8 +128,8 @@ def test_optional_camera_absent_from_the_first_episode_gets_another_cameras_size
     requests = [(0, alone), (0, {**alone, "prompt": "pull"}), (0, {**both, "wrist": image(6, 6)}), (0, both)]
     frames = recorded(tmp_path / "set", two_cameras(), requests)
     assert [int(frame["observation.state"][0]) for frame in frames] == [0, 1, 3]
-    found = [frame["observation.images.wrist"] for frame in frames]
-    np.testing.assert_array_equal(found, [image(12, 16, value) for value in (0, 0, 9)])
+    images = [frame["observation.images.wrist"] for frame in frames]
+    np.testing.assert_array_equal(images, [image(12, 16, value) for value in (0, 0, 9)])
 
 
 def test_mismatched_requests_are_lost_and_logged_once_per_client(tmp_path, caplog):
@@ -140,9 +140,9 @@ def test_mismatched_requests_are_lost_and_logged_once_per_client(tmp_path, caplo
     assert sorted(int(frame["observation.state"][0]) for frame in frames) == [0, 4, 6]
     assert b'torchpi_recorded_total{result="lost"} 4.0' in metrics.text()
     assert b'torchpi_recorded_total{result="kept"} 3.0' in metrics.text()
-    said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
-    assert [re.search(r"client (\d)", line)[1] for line in said] == ["0", "1"]
-    assert "observation.images.base has the shape [12, 16, 3], but the dataset has [6, 8, 3]" in said[0]
+    messages = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
+    assert [re.search(r"client (\d)", line)[1] for line in messages] == ["0", "1"]
+    assert "observation.images.base has the shape [12, 16, 3], but the dataset has [6, 8, 3]" in messages[0]
 
 
 def test_cameras_with_equal_last_key_parts_are_recorded_under_their_whole_keys(tmp_path):

@@ -20,17 +20,17 @@ def demo():
 def test_server_answers_with_samples_and_their_spread_on_the_page_and_in_the_metrics(demo):
     shape = demo.model.config.chunk_shape
     noise = np.random.default_rng(3).standard_normal((3, *shape), np.float32)
-    asked = demo.example_observation()
+    request = demo.example_observation()
     settings = ServeSettings(port=0, num_steps=2, num_samples=3, pick="velocity_residual", max_batch=2)
     with one_thread(), running_server({"p": lambda: demo}, settings) as (url, _), clients(url, 2) as [client, other]:
-        answer = client.ask({**asked, "torchpi/noise": noise})
-        expected = demo.infer(asked, noise=noise, num_steps=2, num_samples=3, pick="velocity_residual")
+        answer = client.ask({**request, "torchpi/noise": noise})
+        expected = demo.infer(request, noise=noise, num_steps=2, num_samples=3, pick="velocity_residual")
         assert set(answer) == {*expected, "server_timing"}
         for name in ("actions", "samples", "action_std", "velocity_residuals", "uncertainty", "sample_index"):
             np.testing.assert_allclose(answer[name], expected[name], atol=1e-5)
         assert np.array_equal(answer["actions"], answer["samples"][answer["sample_index"]])
         # Without torchpi/noise, the first sample equals the answer of a server without samples.
-        first = other.ask(asked)["samples"][0]
+        first = other.ask(request)["samples"][0]
         page = json.loads(http(url, "/dashboard.json")[1])["robots"][0]["answered"]
         assert (page["num_samples"], page["uncertainty"]) == (3, float(f"{expected['uncertainty']:.4g}"))
         dimensions = json.loads(http(url, "/chunk/0.json")[1])["dimensions"]
@@ -41,13 +41,13 @@ def test_server_answers_with_samples_and_their_spread_on_the_page_and_in_the_met
             ({"torchpi/noise": noise[0]}, rf"expected floating-point numbers [3, {shape[0]}, {shape[1]}]"),
             ({"torchpi/num_steps": 1}, "with one Euler step every path is straight"),
         ):
-            refused = client.ask({**asked, **wrong})
-            found = json.loads(refused)
-            assert found["code"] == "bad_observation"
-            assert text in found["message"]
+            refused = client.ask({**request, **wrong})
+            error = json.loads(refused)
+            assert error["code"] == "bad_observation"
+            assert text in error["message"]
     settings = ServeSettings(port=0, num_steps=2)
     with one_thread(), running_server({"p": lambda: demo}, settings) as (url, _), clients(url, 2) as [_, other]:
-        plain = other.ask(asked)
+        plain = other.ask(request)
     assert set(plain) == {"actions", "policy_timing", "server_timing"}
     np.testing.assert_allclose(plain["actions"], first, atol=1e-5)
 

@@ -89,13 +89,13 @@ def benchmarks(policy, count=1, **settings):
     settings = {"rename": RENAME, **settings}
     with served(policy, protocol="vla-eval", **settings) as (url, server), contextlib.ExitStack() as stack:
         server.scheduler.ready.result(SECONDS)
-        found = [Benchmark(url, stack) for _ in range(count)]
-        for benchmark in found:
+        connected = [Benchmark(url, stack) for _ in range(count)]
+        for benchmark in connected:
             kind, hello = benchmark.ask(
                 "hello", {"protocol_version": 1, "harness_version": "0.8.0", "benchmark": "b:B"}
             )
             assert (kind, hello["protocol_version"]) == ("hello", 1)
-        yield url, found
+        yield url, connected
 
 
 def test_steps_of_a_chunk_are_answered_one_by_one_then_a_new_chunk_is_inferred():

@@ -2,11 +2,11 @@
 
     TRITON_INTERPRET=1 pytest tests/unit/triton_kernels.py
 
-`test_kernels.py` runs this file in a process of its own, because Triton reads that variable when it is imported.
+`test_kernels.py` runs this file in a separate process, because Triton reads that variable when it is imported.
 
-Tolerances. In float32, kernel and twin are the same formula in another order of operations, on values of the order of
-1 to 10: 1e-5. In bfloat16 both round the same float32 result, which may differ in its last bits: one unit in the last
-place, 2^-7 of the value, and for what is near 0 as much as float32's order of operations gives.
+Tolerances: in float32, kernel and plain version compute the same formula with another order of operations, on values of
+the order of 1 to 10, so the tolerance is 1e-5. In bfloat16 both round float32 results that may differ in their last
+bits, so it is one unit in the last place (2^-7 of the value), and near 0 the float32 tolerance.
 """
 
 import os
