@@ -84,7 +84,7 @@ def device_of(model: Pi0, device: str = GPU, **borders: Any) -> Iterator[Record]
 
 
 def result(record: Record, **more: Any) -> dict[str, Any]:
-    findings = [dataclasses.asdict(finding) | {"text": str(finding)} for finding in record.findings]
+    findings = [dataclasses.asdict(finding) | {"message": str(finding)} for finding in record.findings]
     return {"findings": findings, "borders": dict(record.border_crossings), **more}
 
 

@@ -59,7 +59,7 @@ def of(results, name):
 )
 def test_case_has_no_findings_on_a_gpu(results, name):
     result = of(results, name)
-    assert [finding["text"] for finding in result["findings"]] == []
+    assert [finding["message"] for finding in result["findings"]] == []
     assert result["dtypes"] == []
     assert result["borders"].pop("TimeEmbedding.__call__", 0) == (not name.startswith("batch"))
     if name.startswith("sampling"):

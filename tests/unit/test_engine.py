@@ -357,7 +357,7 @@ def test_batch_without_samples_is_refused():
 
 @pytest.mark.parametrize("maximum", [float("nan"), float("inf"), -1.0])
 def test_guidance_without_a_finite_maximum_is_refused(maximum):
-    with pytest.raises(ValueError, match="maximum must be a finite number"):
+    with pytest.raises(ValueError, match="maximum must be finite and not negative"):
         Guidance(noise_of(), noise_of(), maximum)
 
 
