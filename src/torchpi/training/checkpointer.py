@@ -24,7 +24,7 @@ from torchpi.model.lora import LoraConfig, is_lora, lora_config, trainable_param
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.config import CheckpointConfig, TrainConfig
-from torchpi.training.distributed import PATIENCE, World, copy_number, local, own_share
+from torchpi.training.distributed import LONG_TIMEOUT, World, copy_number, local, own_share
 from torchpi.training.setup import ROBOTS, robot_names
 from torchpi.training.state import CHECKPOINTS, STATE, StateArrays, TrainState, checkpoints
 from torchpi.transforms.normalize import save_norm_stats
@@ -66,7 +66,7 @@ class Checkpointer:
         """
         self.folder, self.world, self.config, self.finish = run / CHECKPOINTS, world, config, finish
         # A group of its own: messages of the writing threads must not mix with those of the training.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Copies from a GPU go to pinned memory, which is faster; it is kept, because pinning is slow.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from torchpi.assets import assets
-from torchpi.training.run_folder import Line, Series, number, read_metrics, series, without_overtaken
+from torchpi.training.run_folder import Line, Series, as_number, read_metrics, series, without_overtaken
 from torchpi.ui.palette import CYCLE
 from torchpi.ui.plots import draw_figure, label_axes, marker, panel_grid, save_figure, scale_values
 
@@ -132,7 +132,7 @@ def draw_chunk_steps(axes: "Axes", evaluations: Sequence[tuple[int, list[Any]]])
         step, errors = evaluations[index]
         is_last = i + 1 == len(indices)
         axes.plot(
-            np.array([number(value) for value in errors], np.float64),
+            np.array([as_number(value) for value in errors], np.float64),
             color=CYCLE[1],
             alpha=(i + 2) / (len(indices) + 1),
             linewidth=2.0 if is_last else 1.2,

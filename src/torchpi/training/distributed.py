@@ -27,7 +27,7 @@ from torchpi.model.lora import LoraLinear
 from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import layers
 
-PATIENCE = datetime.timedelta(days=1)
+LONG_TIMEOUT = datetime.timedelta(days=1)
 """Timeout while another process writes, downloads or simulates. A process that has died is noticed at once."""
 
 
@@ -39,7 +39,7 @@ class World:
     size: int
     device: torch.device
     group: Any
-    """A CPU process group with the timeout `PATIENCE`."""
+    """A CPU process group with the timeout `LONG_TIMEOUT`."""
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +47,7 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all processes, up to `PATIENCE`."""
+        """Wait for all processes, up to `LONG_TIMEOUT`."""
         dist.barrier(group=self.group)
 
 
@@ -74,7 +74,7 @@ def process_group(device: str | None) -> Iterator[World]:
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             if dist.get_rank():
                 warnings.simplefilter("ignore")  # the main process shows the warnings
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
             yield World(dist.get_rank(), dist.get_world_size(), own_device, group)
     finally:
         # The last owner of a backend joins its threads. DistributedDataParallel, freed later, would do it while holding

@@ -26,7 +26,7 @@ from torchpi.training.run_folder import begin_run, check_resumed, find_start, he
 from torchpi.training.samples import Batch, Frames, SampleRng, Samples, TrainingOrder, loss_sum, num_loss_elements
 from torchpi.training.setup import SourceData, build_policies, check_prompts, check_simulation, check_videos, open_data
 from torchpi.training.state import STATE, TrainState, checkpoints
-from torchpi.training.summary import describe, now, run_document
+from torchpi.training.summary import print_summary, run_document, timestamp
 from torchpi.training.trackers import Trackers, require_trackers
 from torchpi.training.utilization import Utilization
 from torchpi.training.weights import build_model, model_config, open_init, with_dtype
@@ -76,7 +76,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         policies = build_policies(config, model, data, init)
         check_simulation(config, policies[0])
         info = run_document(config, world, model, init_report, data)
-        describe(console, config, model, info, data, policies, check_prompts(policies, data), first_step)
+        print_summary(console, config, model, info, data, policies, check_prompts(policies, data), first_step)
         order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)
         if world.is_main:
             check_videos(data, console)
@@ -103,7 +103,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
                 run_steps(live, data, policies, order)
             checkpointer.wait()
             if world.is_main:
-                write_run_info(run, {**info, "finished": now()})
+                write_run_info(run, {**info, "finished": timestamp()})
         finally:
             checkpointer.close()
             report = write_report(run) if world.is_main else run / REPORT

@@ -31,7 +31,7 @@ from torchpi.training.curves import (
     panels,
     robots,
 )
-from torchpi.training.run_folder import Run, number
+from torchpi.training.run_folder import Run, as_number
 from torchpi.training.summary import show_parameters
 from torchpi.ui.format import format_count, format_gib
 from torchpi.ui.page import bars, commands, definitions, figure, html_page, page_header, page_section
@@ -181,7 +181,7 @@ def _robot_chunks(run: Run, suffix: str, of_robot: str) -> str:
 
 
 def _dimension_bars(dims: Mapping[str, Any]) -> Iterator[tuple[str, float | int, str]]:
-    values = {name: number(value) for name, value in dims.items()}
+    values = {name: as_number(value) for name, value in dims.items()}
     largest = max((value for value in values.values() if value is not None and math.isfinite(value)), default=0) or 1
     for name, value in values.items():
         if value is None:

@@ -129,7 +129,7 @@ def _check_statistics(last: pathlib.Path, data: Sequence[SourceData]) -> None:
             ranges = stats.training_range(), saved[key].training_range()
             if not all(np.array_equal(*pair) for pair in zip(*ranges, strict=True)):
                 raise TrainingError(
-                    f"{source.source.dataset}: the dataset has changed since {last} was saved: its statistics of {key} "
+                    f"{source.config.dataset}: the dataset has changed since {last} was saved: its statistics of {key} "
                     "differ. Resume with the original data, or start a new run with --init and this run's policy."
                 )
 
@@ -293,7 +293,7 @@ def without_overtaken(lines: Sequence[Line]) -> list[Line]:
     return kept
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """The value as a float if it is a number (NaN and infinity included), else None."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -308,7 +308,7 @@ def scalars(line: Line) -> dict[str, float]:
     for name, value in line.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}/{inner}": scalar for inner, scalar in scalars(value).items()}
-        elif name != "step" and (scalar := number(value)) is not None:
+        elif name != "step" and (scalar := as_number(value)) is not None:
             flat[name] = scalar
     return flat
 

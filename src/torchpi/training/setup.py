@@ -38,7 +38,8 @@ from torchpi.version import __version__
 class SourceData:
     """A dataset of the run, split into training and held-out episodes."""
 
-    source: Source
+    config: Source
+    """The entry of the recipe."""
     embodiment: Embodiment
     train: LeRobotDataset
     frames: np.ndarray
@@ -92,8 +93,8 @@ def _check_rates(data: Sequence[SourceData]) -> None:
         same_robot = one.embodiment == dataclasses.replace(other.embodiment, control_hz=one.embodiment.control_hz)
         if same_robot and not same_rate(one.train.fps, other.train.fps):
             raise TrainingError(
-                f"Robot '{one.embodiment.name}' acts at {one.train.fps:g} Hz in {one.source.dataset} and at "
-                f"{other.train.fps:g} Hz in {other.source.dataset}, by their frames per second. State control_hz in "
+                f"Robot '{one.embodiment.name}' acts at {one.train.fps:g} Hz in {one.config.dataset} and at "
+                f"{other.train.fps:g} Hz in {other.config.dataset}, by their frames per second. State control_hz in "
                 "the embodiment, and fps in the mixture for the dataset that was recorded at another rate."
             )
 
@@ -202,7 +203,7 @@ def build_policies(
                 spec,
                 embodiment=source.embodiment,
                 norm_stats=source.norm_stats,
-                default_prompt=source.source.prompt,
+                default_prompt=source.config.prompt,
                 metadata={MAX_ACTION_PREFIX: max_prefix} if max_prefix else {},
                 provenance=_provenance(config, source),
             ),
@@ -261,7 +262,7 @@ def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     if too_long:
         text, count = max(too_long.items(), key=lambda item: item[1])
         raise TrainingError(
-            f"{len(too_long)} of the {len(longest)} tasks of {data.source.dataset} have prompts longer than the "
+            f"{len(too_long)} of the {len(longest)} tasks of {data.config.dataset} have prompts longer than the "
             f"model's max_token_len {limit}; the longest has {count} tokens: {text!r}. Shorten it, or train with a "
             "larger max_token_len (--model with a JSON file, and --adapt)."
         )

@@ -23,7 +23,7 @@ from torchpi.robots.commands import control_gaps
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
 from torchpi.training.optim import learning_rate
-from torchpi.training.run_folder import number
+from torchpi.training.run_folder import as_number
 from torchpi.training.setup import SourceData
 from torchpi.training.weights import InitReport, parameter_table
 from torchpi.ui.format import format_count, large_count
@@ -41,16 +41,16 @@ def run_document(
     fresh = list(init.fresh) if init.loaded else len(init.fresh)
     return {
         "command": shlex.join([*sys.orig_argv[:1], *sys.argv]),
-        "started": now(),
+        "started": timestamp(),
         "torchpi": __version__,
         "torch": torch.__version__,
         "device": str(world.device),
         "world_size": world.size,
         "datasets": [
             {
-                "dataset": source.source.dataset,
+                "dataset": source.config.dataset,
                 "embodiment": source.embodiment.name,
-                "weight": source.source.weight,
+                "weight": source.config.weight,
                 "fps": source.train.fps,
                 "frames": len(source.frames),
                 "episodes": len(source.train.episode_lengths),
@@ -65,12 +65,12 @@ def run_document(
     }
 
 
-def now() -> str:
+def timestamp() -> str:
     """The current time in the format of run.json."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def describe(
+def print_summary(
     console: Console,
     config: TrainConfig,
     model: Pi0,
@@ -98,16 +98,16 @@ def describe(
             console.print(f"  warning: embodiment {source.embodiment.name}: {gap}")
         if first_step:
             continue
-        if source.source.norm_stats == "dataset":
+        if source.config.norm_stats == "dataset":
             require_normalizable_actions(source.train, source.embodiment, policy.transforms)
         else:
             for problem in stats_problems(source.train, source.embodiment, policy.transforms):
                 console.print(f"  warning: {problem}")
-    own_stats = [source for source in data if source.source.norm_stats == "dataset"]
+    own_stats = [source for source in data if source.config.norm_stats == "dataset"]
     for one, other in itertools.combinations(own_stats, 2):
         if len({(source.embodiment.state_names, source.embodiment.action_names) for source in (one, other)}) == 1:
             console.print(
-                f"  note: {one.source.dataset} and {other.source.dataset} have the same state and actions, but "
+                f"  note: {one.config.dataset} and {other.config.dataset} have the same state and actions, but "
                 "each its own statistics, like two robots; if they are one: torchpi data merge, or a file as norm_stats"
             )
     longest = max(prompts, key=lambda text: prompts[text])
@@ -151,7 +151,7 @@ def _warn_of_short_run(console: Console, config: TrainConfig) -> None:
 def show_parameters(parts: Sequence[Mapping[str, Any]]) -> tuple[str, Table]:
     """Summarize "parameters" of run.json, whose fields may be missing, in a sentence and a table."""
     names = {"trainable": "trainable", "frozen": "frozen", "without_gradient": "without gradient"}
-    counts = [{name: int(number(part.get(name)) or 0) for name in names} for part in parts]
+    counts = [{name: int(as_number(part.get(name)) or 0) for name in names} for part in parts]
     totals = {name: sum(count[name] for count in counts) for name in names}
     shown = [name for name in names if name != "without_gradient" or totals[name]]
     columns = [Column("part", "name"), *(Column(names[name], "number") for name in shown), Column("dtype", "soft")]

@@ -177,7 +177,7 @@ def without_gradient(model: Pi0) -> frozenset[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ParameterCount:
     """A row of the table of parameters."""
 
     part: str
@@ -189,7 +189,7 @@ class Part:
     """Dtypes of the parameters, separated by commas."""
 
 
-def parameter_table(model: Pi0, config: TrainConfig) -> list[Part]:
+def parameter_table(model: Pi0, config: TrainConfig) -> list[ParameterCount]:
     """Count the trained and frozen parameters in each part of the model."""
     is_trained = trainable_parameters(model, config.model.finetune)
     rows: dict[str, dict[str, Any]] = {}
@@ -203,4 +203,4 @@ def parameter_table(model: Pi0, config: TrainConfig) -> list[Part]:
         else:
             row["without_gradient" if is_trained[name] else "frozen"] += parameter.numel()
         row["dtype"].add(str(parameter.dtype).removeprefix("torch."))
-    return [Part(part, **{**row, "dtype": ", ".join(sorted(row["dtype"]))}) for part, row in rows.items()]
+    return [ParameterCount(part, **{**row, "dtype": ", ".join(sorted(row["dtype"]))}) for part, row in rows.items()]
