@@ -62,8 +62,7 @@ class Augmentation(_Checked):
     color_probability: Fraction = 0.5
     """Probability that the colours of an image are changed."""
     like_openpi: bool = False
-    """Follow openpi's code where it seems to differ from its intent: the cameras of a sample share one random draw, and
-    the saturation never changes."""
+    """Follow openpi's code: the cameras of a sample share one random draw, and the saturation never changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +105,16 @@ class DataConfig(_Checked):
     prompt: str | None = None
     """Instruction for all episodes, instead of their recorded tasks."""
     rename: tuple[str, ...] = ()
-    """Columns to rename to LeRobot's and the robot's names: OLD=NEW, for example actions=action. A plus sign joins
-    columns: joint_position+gripper_position=observation.state."""
+    """Columns to rename (actions=action) or join (joint_position+gripper_position=observation.state)."""
     fps: Positive | None = None
     """Frames per second to read the dataset at, if the robot acts at another rate than the recording: the nearest
     frames, with actions converted as in `torchpi.data.rate`. By default the recorded rate, which must be control_hz."""
     tolerance_s: Positive | None = None
     """Allowed error of timestamps and video frames, in seconds; by default a quarter of a frame."""
     mixture: Annotated[tuple[Source, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
-    """Several datasets instead of one, mixed by their weights; in a recipe file, a list of objects. The policy is saved
-    for the robot of the first dataset."""
+    """Several datasets (a list of objects in a recipe), mixed by weight; the policy is saved for the first robot."""
     norm_stats: str = "dataset"
-    """Normalization statistics: "dataset" (computed from the training episodes), "init" or "init:ASSET_ID" (taken from
-    the initial weights), or the path of a norm_stats.json."""
+    """Normalization statistics: "dataset" (of the training episodes), "init", "init:ASSET_ID" or a norm_stats.json."""
     skip_idle: bool = False
     """Skip frames at which the robot does not move."""
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
@@ -152,32 +148,27 @@ class ModelConfig(_Checked):
     init: str | None = None
     """Initial weights: a policy folder, a checkpoint, PaliGemma's .npz file, hf://… or gs://…; random by default."""
     config: Annotated[str | None, tyro.conf.arg(name="model")] = None
-    """The model's sizes: a preset's name or a JSON file; by default the sizes of the initial weights. Without initial
-    weights, a model of these sizes is trained from scratch."""
+    """The model's sizes: a preset or a JSON file; by default those of init. Without init: training from scratch."""
     adapt: bool = False
     """Cut or extend initial weights whose sizes differ from the model's; otherwise a difference is an error."""
     tokenizer: str | None = None
     """A SentencePiece model or tokenizer.json; by default the tokenizer of the initial weights. A model trained from
     scratch uses the published models' tokenizer, or the packaged one if its vocabulary is small."""
     preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
-    """Resize images and format the prompt like this program; lerobot means 0.5 and later. By default like the program
-    of the initial weights, or like openpi if trained from scratch."""
+    """Resize images and format prompts like this program (lerobot: 0.5 and later); by default like init, or openpi."""
     finetune: Finetune = "full"
     """Parameters to train: "full"; "frozen_vision" (all but SigLIP); "expert" (the action expert and the projections);
     "lora" (openpi's rule: LoRA matrices, SigLIP and the projections); "lora_strict" (LoRA matrices and projections)."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     """Rank and alpha for "lora" and "lora_strict"."""
     lora_alpha: tuple[float, float] | None = None
-    """LoRA alphas of the backbone and the action expert in an openpi JAX checkpoint; needed if its LoRA ranks are not
-    openpi's."""
+    """LoRA alphas of backbone and action expert in an openpi JAX checkpoint; needed unless its ranks are openpi's."""
     frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype in which the frozen weights are kept."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the matmuls; by default bfloat16 if the device supports it, else float32. Trained weights, accumulated
-    gradients and the optimizer state are float32."""
+    """Dtype of the matmuls, bfloat16 by default if the device has it; trained weights and gradients stay float32."""
     activation_checkpointing: Checkpointing = "none"
-    """Activations to recompute in the backward pass: "none", "full" (all but each layer's input) or "selective" (all
-    but the results of matmuls with weights)."""
+    """Activations to recompute: "none", "full" (all but layer inputs) or "selective" (all but matmuls with weights)."""
     compile: bool = False
     """Compile the layers with torch.compile, once per padded prompt length; each takes about a minute."""
 
@@ -199,11 +190,9 @@ class OptimConfig(_Checked):
     """The loss, the learning-rate schedule and the optimizer."""
 
     flow_samples_per_obs: Count = 1
-    """Flow samples (pairs of noise and time) per observation. They share the forward pass over images and prompt, which
-    is most of the work."""
+    """Flow samples (pairs of noise and time) per observation; they share the costly pass over images and prompt."""
     loss: Literal["all", "real"] = "all"
-    """Elements in the mean of the loss: "all" elements of a chunk, padding included, as in openpi; or only "real" ones,
-    without padded dimensions and steps past the end of the episode."""
+    """Elements of the loss: "all", as in openpi, or "real", without padded dimensions and steps after an episode."""
     max_action_prefix: NotNegative = 0
     """Training-time real-time chunking: up to this many first actions of a chunk get no noise, as if they were being
     executed already, and are left out of the loss. The number is drawn per flow sample; 0 disables it."""
@@ -234,8 +223,7 @@ class ParallelConfig(_Checked):
     """Training in several processes (torchrun)."""
 
     strategy: Annotated[Literal["ddp", "fsdp", "hybrid"], tyro.conf.arg(name="parallel")] = "ddp"
-    """Each process holds the whole model ("ddp"), a shard of it ("fsdp"), or a shard within its group of shard_size
-    processes ("hybrid")."""
+    """Each process holds the whole model ("ddp"), a shard of it ("fsdp"), or a shard within its group ("hybrid")."""
     shard_size: NotNegative = 0
     """Processes that share one copy of the model, for "hybrid"; 0: the processes of a node."""
 
