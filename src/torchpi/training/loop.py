@@ -62,7 +62,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         ValueError: the run exists already; recipe, dataset and robot do not fit together; or the loss became NaN.
     """
     with process_group(config.device) as world:
-        # Build the data, the model and the policies first: mistakes are found before anything is written.
+        # Build the data, the model and the policies. Mistakes are found here, before anything is written.
         console = PlainConsole(stderr=True, quiet=not world.is_main)
         check_torch()
         require_trackers(config.trackers)
@@ -87,11 +87,11 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             begin_run(run, config, info, first_step)
 
         # Parallelize the model and load the last checkpoint. The exporter needs the frozen weights before sharding.
-        exporter = Exporter(config, policies) if world.is_main else None
+        export = Exporter(config, policies).write if world.is_main else None
         state, parallel = build_state(model, config, world)
         if last:
             state.load(last / STATE, first_step)
-        checkpointer = Checkpointer(run, world, config.checkpoint, finish=exporter.write if exporter else None)
+        checkpointer = Checkpointer(run, world, config.checkpoint, finish=export)
 
         # Train, with hooks that evaluate, save and log.
         try:
