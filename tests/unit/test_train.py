@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from process_helpers import interruptible
-from train_helpers import SIZES, assert_same_bits, weights, write_dataset
+from train_helpers import SIZES, assert_same_bits, small_recipe, weights, write_dataset
 
 import torchpi
 from torchpi.cli import main
@@ -45,28 +45,11 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(dataset, tmp_path_factory):
-    sizes = tmp_path_factory.mktemp("sizes") / "model.json"
-    sizes.write_text(json.dumps(SIZES.to_dict()))
-    return TrainConfig(
-        dataset=str(dataset),
-        embodiment="metaworld",
-        model=str(sizes),
-        num_steps=6,
-        batch_size=4,
-        flow_samples_per_obs=2,
-        lr=1e-2,
-        warmup_steps=2,
-        ema_decay=0.5,
-        state_noise=0.05,
-        dtype="float32",
-        eval_every=3,
-        save_every=3,
+def recipe(dataset):
+    return small_recipe(
+        dataset, num_steps=6, flow_samples_per_obs=2, warmup_steps=2, state_noise=0.05, eval_every=3, save_every=3,
         log_every=2,
-        chunk_samples=0,
-        trackers=(),
-        workers=0,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ import pytest
 import torch
 from process_helpers import interruptible
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from train_helpers import SIZES, assert_same_bits, weights, write_dataset
+from train_helpers import SIZES, assert_same_bits, small_recipe, weights, write_dataset
 from train_jobs import Job, resume, train_together
 
 from torchpi.model.pi0 import Pi0
 from torchpi.training import checkpointer as checkpointer_module
 from torchpi.training import distributed, loop, state
-from torchpi.training.config import CheckpointConfig, TrainConfig
+from torchpi.training.config import CheckpointConfig
 from torchpi.training.run_folder import METRICS, resume_config
 
 STEPS = 4
@@ -34,29 +34,12 @@ FIGURES = ("loss", "grad_norm", "holdout_loss", "param_norm")
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """A recipe with an action_dim that two processes can't shard evenly, and with evaluations between updates."""
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder / "set")
-    (folder / "model.json").write_text(json.dumps(dataclasses.replace(SIZES, action_dim=5).to_dict()))
-    return TrainConfig(
-        dataset=str(folder / "set"),
-        embodiment="metaworld",
-        model=str(folder / "model.json"),
-        num_steps=STEPS,
-        decay_steps=STEPS,
-        batch_size=4,
-        flow_samples_per_obs=2,
-        lr=1e-3,
-        warmup_steps=2,
-        ema_decay=0.5,
-        dtype="float32",
-        eval_every=2,
-        holdout_samples=6,
-        save_every=2,
-        log_every=1,
-        chunk_samples=0,
-        trackers=(),
-        workers=0,
-    )
+    dataset = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(dataset)
+    return small_recipe(
+        dataset, dataclasses.replace(SIZES, action_dim=5), num_steps=STEPS, decay_steps=STEPS, flow_samples_per_obs=2,
+        lr=1e-3, warmup_steps=2, eval_every=2, holdout_samples=6, save_every=2, log_every=1,
+    )  # fmt: skip
 
 
 def figures(run: pathlib.Path) -> list[dict[str, float]]:

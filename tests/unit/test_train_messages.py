@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from train_helpers import SIZES, write_dataset
+from train_helpers import small_recipe, write_dataset
 
 from torchpi.cli import main
 from torchpi.data import LeRobotWriter
@@ -17,20 +17,14 @@ from torchpi.devices import has_bfloat16
 from torchpi.robots import get_embodiment
 from torchpi.training import loop, summary
 from torchpi.training import weights as training_weights
-from torchpi.training.config import TrainConfig
 from torchpi.training.run_folder import resume_config
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder / "set")
-    (folder / "model.json").write_text(json.dumps(SIZES.to_dict()))
-    return TrainConfig(
-        dataset=str(folder / "set"), embodiment="metaworld", model=str(folder / "model.json"), num_steps=1,
-        batch_size=4, lr=1e-2, warmup_steps=0, ema_decay=0.5, dtype="float32", chunk_samples=0, holdout_samples=4,
-        trackers=(), workers=0,
-    )  # fmt: skip
+    dataset = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(dataset)
+    return small_recipe(dataset, num_steps=1, warmup_steps=0, holdout_samples=4)
 
 
 @pytest.fixture

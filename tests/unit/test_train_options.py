@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from train_helpers import SIZES, assert_same_bits, weights, write_dataset
+from train_helpers import SIZES, assert_same_bits, small_recipe, weights, write_dataset
 
 import torchpi
 from torchpi.checkpoints.adapter import Adapter, Base, write_adapter
@@ -39,14 +39,8 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(dataset, tmp_path_factory):
-    sizes = tmp_path_factory.mktemp("sizes") / "model.json"
-    sizes.write_text(json.dumps(SIZES.to_dict()))
-    return TrainConfig(
-        dataset=str(dataset), embodiment="metaworld", model=str(sizes), num_steps=3, batch_size=4, lr=1e-2,
-        warmup_steps=1, ema_decay=0.5, dtype="float32", eval_every=100, save_every=100, log_every=1, chunk_samples=0,
-        trackers=(), workers=0,
-    )  # fmt: skip
+def recipe(dataset):
+    return small_recipe(dataset, num_steps=3, warmup_steps=1, eval_every=100, save_every=100, log_every=1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from train_helpers import SIZES, write_dataset
+from train_helpers import SIZES, small_recipe, write_dataset
 
 from torchpi.collate import stack_inputs
 from torchpi.config import LoraConfig
@@ -19,7 +19,6 @@ from torchpi.model.lora import add_lora, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.training import loop, utilization
 from torchpi.training.activation_checkpointing import checkpoint_activations
-from torchpi.training.config import TrainConfig
 from torchpi.training.samples import example_batch
 
 # Dynamo reads this attribute. It hides its own warning, but not if warnings are errors.
@@ -95,29 +94,12 @@ def test_prompts_are_padded_to_the_next_length():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder / "set")
-    (folder / "model.json").write_text(json.dumps(SIZES.to_dict()))
-    return TrainConfig(
-        dataset=str(folder / "set"),
-        embodiment="metaworld",
-        model=str(folder / "model.json"),
-        num_steps=2,
-        batch_size=4,
-        flow_samples_per_obs=2,
-        lr=1e-2,
-        warmup_steps=2,
-        ema_decay=0.5,
-        dtype="float32",
-        holdout=0.25,
-        holdout_samples=6,
-        chunk_samples=2,
-        eval_every=2,
-        save_every=2,
-        log_every=1,
-        workers=0,
-        trackers=(),
-    )
+    dataset = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(dataset)
+    return small_recipe(
+        dataset, num_steps=2, flow_samples_per_obs=2, warmup_steps=2, holdout=0.25, holdout_samples=6, chunk_samples=2,
+        eval_every=2, save_every=2, log_every=1,
+    )  # fmt: skip
 
 
 def metrics(run):

@@ -1,6 +1,8 @@
 """A small model and dataset for training tests, and access to a run's saved state."""
 
+import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ import torch
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.data import LeRobotWriter
 from torchpi.training import state
+from torchpi.training.config import TrainConfig
 
 GEMMA = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
 SIZES = Pi0Config(
@@ -41,6 +44,15 @@ def write_dataset(
                 images = {f"observation.images.{name}": rng.integers(0, 256, (32, 32, 3), np.uint8) for name in cameras}
                 writer.add_frame({**images, "observation.state": rng.normal(size=4), "action": rng.normal(size=4)})
             writer.save_episode(TASKS[episode % 2])
+
+
+def small_recipe(dataset: pathlib.Path, sizes: Pi0Config = SIZES, **options: Any) -> TrainConfig:
+    """A fast recipe for a dataset of `write_dataset`; the model's sizes are written to a file beside the dataset."""
+    model = dataset.parent / "model.json"
+    model.write_text(json.dumps(sizes.to_dict()))
+    defaults = {"batch_size": 4, "lr": 1e-2, "ema_decay": 0.5, "dtype": "float32", "chunk_samples": 0}
+    defaults |= {"trackers": (), "workers": 0}
+    return TrainConfig(dataset=str(dataset), embodiment="metaworld", model=str(model), **defaults | options)
 
 
 def weights(run: pathlib.Path) -> dict[str, torch.Tensor]:
