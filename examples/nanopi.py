@@ -225,10 +225,10 @@ def transformer_layer(w, config, i, streams, positions, mask, cond, past, show):
     groups = config.paligemma.num_kv_heads  # G
     queries, keys, values, gates = [], [], [], {}
     for part, x in streams.items():
-        at = f"{STACKS[part]}.layers.{i}"
+        block = f"{STACKS[part]}.layers.{i}"
         show("7-1", f"{part}/x", x, i)  # [B, S, D] or [B, T, d]
-        y, gates[part] = rms_norm(w, f"{at}.pre_attention_norm", x, cond, "7-1", part, i, show)  # [B, S, D]
-        qkv = linear(w, f"{at}.attention.qkv", y).unflatten(-1, (-1, width))  # [B, S, Q + 2·G, K]
+        y, gates[part] = rms_norm(w, f"{block}.pre_attention_norm", x, cond, "7-1", part, i, show)  # [B, S, D]
+        qkv = linear(w, f"{block}.attention.qkv", y).unflatten(-1, (-1, width))  # [B, S, Q + 2·G, K]
         q, k, v = qkv.split([heads, groups, groups], dim=2)  # [B, S, Q, K] and 2 × [B, S, G, K]
         queries.append(show("7-2", f"{part}/q", q, i))  # [B, S, Q, K]
         keys.append(show("7-2", f"{part}/k", k, i))  # [B, S, G, K]
@@ -241,15 +241,15 @@ def transformer_layer(w, config, i, streams, positions, mask, cond, past, show):
     outputs = {}
     per_stream = out.split([x.shape[1] for x in streams.values()], dim=1)  # [B, S, Q·K] and [B, T, Q·K]
     for (part, x), attended in zip(streams.items(), per_stream, strict=True):
-        at = f"{STACKS[part]}.layers.{i}"
-        y = linear(w, f"{at}.attention.out", show("7-4", f"{part}/attn_out", attended, i))  # [B, S, D]
+        block = f"{STACKS[part]}.layers.{i}"
+        y = linear(w, f"{block}.attention.out", show("7-4", f"{part}/attn_out", attended, i))  # [B, S, D]
         y = show("7-5", f"{part}/attn_proj", y, i)  # [B, S, D]
         x = show("7-6", f"{part}/x", x + y if gates[part] is None else x + y * gates[part], i)  # [B, S, D]
-        y, gate = rms_norm(w, f"{at}.pre_ffw_norm", x, cond, "7-7", part, i, show)  # [B, S, D]
-        hidden = show("7-7", f"{part}/ffw_gate_up", linear(w, f"{at}.feed_forward.gate_up", y), i)  # [B, S, 2·F]
+        y, gate = rms_norm(w, f"{block}.pre_ffw_norm", x, cond, "7-7", part, i, show)  # [B, S, D]
+        hidden = show("7-7", f"{part}/ffw_gate_up", linear(w, f"{block}.feed_forward.gate_up", y), i)  # [B, S, 2·F]
         hidden, up = hidden.chunk(2, dim=-1)  # 2 × [B, S, F]
         hidden = show("7-7", f"{part}/ffw_hidden", F.gelu(hidden, approximate="tanh") * up, i)  # [B, S, F]
-        y = show("7-7", f"{part}/ffw_out", linear(w, f"{at}.feed_forward.down", hidden), i)  # [B, S, D]
+        y = show("7-7", f"{part}/ffw_out", linear(w, f"{block}.feed_forward.down", hidden), i)  # [B, S, D]
         outputs[part] = show("7-7", f"{part}/x_out", x + y if gate is None else x + y * gate, i)  # [B, S, D]
         show("8", f"{part}/layer_{i}", outputs[part], i)  # [B, S, D]
     return outputs, (k, v)
@@ -312,9 +312,9 @@ def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
         show("inference", f"cache/layer_{i}/v", v, i)  # [B, S, G, K]
     x_t, t, dt = show("inference", "noise", noise), np.float32(1), np.float32(-1 / num_steps)  # [B, H, A]
     while t >= -dt / 2:  # 1.0, 0.9 … 0.1, in float32 as in openpi
-        at = f"t={float(t):.3g}"
-        time = show("inference", f"time/{at}", torch.full_like(noise[:, 0, 0], float(t)))  # [B]
-        show("inference", f"x_t/{at}", x_t)  # [B, H, A]
+        label = f"t={float(t):.3g}"
+        time = show("inference", f"time/{label}", torch.full_like(noise[:, 0, 0], float(t)))  # [B]
+        show("inference", f"x_t/{label}", x_t)  # [B, H, A]
         suffix_tokens, suffix_mask, suffix_ar_mask, cond = embed_suffix(w, config, state, x_t, time, silent)
         input_mask = torch.cat([prefix_mask, suffix_mask], dim=1)  # [B, J]
         mask = make_attn_mask(input_mask, torch.cat([prefix_ar_mask, suffix_ar_mask]))[:, prefix_mask.shape[1] :]
@@ -327,7 +327,7 @@ def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
                 show("inference", "adarms_cond", cond)  # [B, d]
         stream = {"suffix": suffix_tokens.to(prefix_tokens.dtype)}  # [B, T, d]
         outputs, _ = transformer(w, config, stream, positions, mask, cond, cache, silent)
-        v_t = show("inference", f"v_t/{at}", velocity(w, outputs["suffix"], noise.shape[1], silent))  # [B, H, A]
+        v_t = show("inference", f"v_t/{label}", velocity(w, outputs["suffix"], noise.shape[1], silent))  # [B, H, A]
         x_t, t = x_t + float(dt) * v_t, t + dt  # [B, H, A]
     return show("inference", "action_chunk", x_t)  # [B, H, A]
 

@@ -226,24 +226,24 @@ class Pi0Config:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where} must be an object, found {type(values).__name__}.")
-        given = {name: value for name, value in values.items() if name not in _NOT_SIZES}
-        base = base or cls(pi05=given.get("pi05") is True)
+        changes = {name: value for name, value in values.items() if name not in _NOT_SIZES}
+        base = base or cls(pi05=changes.get("pi05") is True)
         document = base.to_dict()
-        for name, value in given.items():
+        for name, value in changes.items():
             if name in _PARTS and isinstance(value, Mapping):
                 document[name] = {**document[name], **value}
             elif name in _PARTS and isinstance(value, str):
                 document[name] = dataclasses.asdict(_variant(value, _PARTS[name], f"{where}: {name}"))
             else:
                 document[name] = value
-        for part in _PARTS.keys() - given.keys():
+        for part in _PARTS.keys() - changes.keys():
             if f"{part}_variant" in values:  # ignored beside the sizes, but not instead of them
                 raise ConfigError(
                     f"{where}: '{part}_variant' is not read; write {part!r} instead, with a variant's name or an "
                     "object of sizes."
                 )
         parsed = vars(parse(_Document, document, where))
-        fields = {f"{name}_variant" if name in _PARTS else name: parsed[name] for name in given}
+        fields = {f"{name}_variant" if name in _PARTS else name: parsed[name] for name in changes}
         try:
             return dataclasses.replace(base, **fields)
         except ValueError as error:

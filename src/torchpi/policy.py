@@ -205,13 +205,13 @@ class Policy:
         chunks = sampled.actions.cpu().numpy()  # waits for the device
         residuals = [None] * len(chunks) if sampled.residual is None else sampled.residual.cpu().numpy()
         inferred = time.perf_counter()
-        answers = [self._answer(pick, *args) for args in zip(chunks, residuals, states, observations, strict=True)]
+        results = [self._postprocess(pick, *args) for args in zip(chunks, residuals, states, observations, strict=True)]
         timing = {
             "preprocess_ms": 1e3 * (prepared - start),
             "infer_ms": 1e3 * (inferred - prepared),
             "postprocess_ms": 1e3 * (time.perf_counter() - inferred),
         }
-        return [answer_of(*answer, timing, sample) for answer, sample in zip(answers, samples, strict=True)]
+        return [answer_of(*result, timing, sample) for result, sample in zip(results, samples, strict=True)]
 
     def _sample(self, batch: Observation, num_samples: Any, *, noise: torch.Tensor | None, **rtc: Any) -> Samples:
         inputs, sampler = batch if self.engine else batch.to(self.model.device), self.engine or self.model
@@ -231,7 +231,7 @@ class Policy:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
         return within_limits(self.embodiment.from_model(actions, state), self.embodiment)
 
-    def _answer(
+    def _postprocess(
         self, pick: Pick | None, chunks: np.ndarray, residuals: np.ndarray | None, state: np.ndarray, observation: Any
     ) -> tuple[np.ndarray, int, dict[str, Any]]:
         """Return the actions in the robot's units, the number of clipped values, and with `pick` the sample fields."""

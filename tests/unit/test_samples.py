@@ -178,9 +178,9 @@ def test_untrained_dimensions_do_not_affect_the_choice(policy, monkeypatch):
     monkeypatch.setattr(policy.model, "trained_action_dim", 2)
     chunks = np.zeros((3, 4, 8), np.float32)
     chunks[0, :, 2:], chunks[1, :, 0] = 1e3, 0.5
-    _, _, about = policy._answer("consensus", chunks, None, np.zeros(4), {})
+    _, _, about = policy._postprocess("consensus", chunks, None, np.zeros(4), {})
     assert about["sample_index"] == 0  # samples 0 and 2 are equal in the trained dimensions
-    _, _, about = policy._answer("consensus", chunks, np.ones_like(chunks), np.zeros(4), {})
+    _, _, about = policy._postprocess("consensus", chunks, np.ones_like(chunks), np.zeros(4), {})
     assert about["uncertainty"] < 0.2
 
 

@@ -68,11 +68,11 @@ class Transforms:
 
     def __post_init__(self) -> None:
         check_prompt_settings(self.prompt_format, self.truncation)
-        for name, given in (("statistics", self.norm_stats), ("rule", self.normalization)):
-            if missing := [key for key in QUANTITIES if key not in given]:
+        for name, by_quantity in (("statistics", self.norm_stats), ("rule", self.normalization)):
+            if missing := [key for key in QUANTITIES if key not in by_quantity]:
                 raise UnknownKeyError(
                     f"Normalization: no {name} for {listed(missing)}; "
-                    f"found {sorted(given)}, expected state and actions."
+                    f"found {sorted(by_quantity)}, expected state and actions."
                 )
         for key in QUANTITIES:
             self._constant[key] = constant_dims(self.norm_stats[key], self.normalization[key].kind, what=key)
