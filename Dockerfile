@@ -4,13 +4,13 @@
 #     docker run --rm torchpi trace demo
 #     docker run --rm -p 8000:8000 torchpi serve demo --host 0.0.0.0
 #
-# With PyTorch's CUDA builds, which bring CUDA along; the host needs the NVIDIA Container Toolkit:
+# With PyTorch's CUDA builds, which include CUDA; the host needs the NVIDIA Container Toolkit:
 #
 #     docker build --build-arg TORCH=cuda -t torchpi:cuda .
 #     docker run --rm --gpus all -p 8000:8000 -v torchpi:/cache torchpi:cuda serve gs://openpi-assets/checkpoints/pi05_droid --host 0.0.0.0
 FROM python:3.11-slim-bookworm
 ARG TORCH=cpu
-# OpenGL without a screen, for the simulators; with CUDA the compiler that Triton builds its launcher with.
+# OpenGL without a screen for the simulators; with CUDA also the compiler that Triton needs for its launcher.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libegl1 libgl1-mesa-dri libopengl0 $([ "$TORCH" = cpu ] || echo gcc libc6-dev) \
     && rm -rf /var/lib/apt/lists/*

@@ -1,4 +1,4 @@
-"""The documents' commands with less to do, and with small weights in place of the published ones."""
+"""Commands of the documents on small sizes, with small weights instead of the published ones."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ SMALL_TRAINING = (
 
 
 def shortened(line: str, *, tasks: str = "") -> list[str]:
-    """The arguments of a command, without `torchpi`: recordings of `tasks`, one episode, few steps."""
+    """Arguments of a command without `torchpi`, reduced to recordings of `tasks`, one episode and few steps."""
     line = re.sub(r"checkpoints/\d+", "checkpoints/00000020", line)
     line = re.sub(r"--episodes \d+", "--episodes 1", line)
     line = re.sub(r"(sim record.*--tasks) \S+", rf"\1 {tasks}", line)
@@ -50,7 +50,7 @@ def shortened(line: str, *, tasks: str = "") -> list[str]:
 
 
 def use_small_weights(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, golden_root: pathlib.Path) -> None:
-    """Let the published names lead to tiny weights in `folder`, with statistics of robots, and their presets to these
+    """Redirect the published addresses to tiny weights with robots' statistics in `folder`, and their presets to these
     weights' sizes."""
     entry = {"mean": [0.0] * 32, "std": [1.0] * 32, "q01": [-2.0] * 32, "q99": [2.0] * 32}
     for name, published in list(PRESETS.items()):
@@ -58,8 +58,8 @@ def use_small_weights(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, gol
             continue
         kind = golden_root / ("pi05" if published.pi05 else "pi0")
         fields = ("action_dim", "action_horizon", "max_token_len", "discrete_state_input")
-        said = {field: getattr(published, field) for field in fields}
-        tiny = dataclasses.replace(Pi0Config.from_json(kind / "model_config.json"), **said)
+        kept = {field: getattr(published, field) for field in fields}
+        tiny = dataclasses.replace(Pi0Config.from_json(kind / "model_config.json"), **kept)
         monkeypatch.setitem(PRESETS, name, tiny)
         if not name.endswith("_base"):
             continue

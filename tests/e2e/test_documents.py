@@ -1,4 +1,4 @@
-"""The documents: their links lead to files and headings that exist, and no document is left out of the README."""
+"""Links of the documents lead to existing files and headings, and the README links every document."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ DOCUMENTS = sorted(document for folder in FOLDERS for document in folder.glob("*
 
 
 def anchors(document: pathlib.Path) -> set[str]:
-    """The anchors that GitHub gives the headings."""
+    """Anchors that GitHub generates for the headings."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -36,7 +36,7 @@ def test_readme_links_every_document():
 
 
 def test_dockerfile_installs_what_the_guide_says():
-    """Its packages of Debian are the guide's, and the extras exist."""
+    """Its Debian packages are the guide's, and its extras exist."""
     dockerfile, guide = ((ROOT / name).read_text(encoding="utf-8") for name in ("Dockerfile", "docs/install.md"))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     (chosen,) = re.findall(r"\./client '\.\[(.+)\]'", dockerfile)

@@ -1,4 +1,4 @@
-"""Each command of the guides, in its order, on a very small setting."""
+"""Commands of the guides run in order, on very small sizes."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ def commands(text: str) -> list[str]:
     return re.findall(r"^    torchpi (.+)$", text, re.MULTILINE)
 
 
-# In so few episodes the gripper stays open.
+# With so few episodes the gripper never closes.
 @pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
 @pytest.mark.slow
 def test_commands_of_training_from_scratch_run(tmp_path, monkeypatch, capsys):
@@ -62,7 +62,7 @@ def test_commands_of_the_so101_run(tmp_path, monkeypatch, capsys):
 
 
 def record(path: str, *, episodes: int) -> None:
-    """An arm with six joints and a gripper that reaches for something."""
+    """Record episodes of an arm with six joints and a gripper, with random motions."""
     joints = [*(f"joint_{i}" for i in range(1, 7)), "gripper"]
     rng = np.random.default_rng(0)
     with LeRobotWriter(
@@ -74,8 +74,8 @@ def record(path: str, *, episodes: int) -> None:
     ) as writer:
         for episode in range(episodes):
             start, goal = rng.uniform(-1, 1, (2, 7))
-            way = start + np.linspace(0, 1, 26)[:, None] * (goal - start)
-            for state, action in itertools.pairwise(way):
+            path_points = start + np.linspace(0, 1, 26)[:, None] * (goal - start)
+            for state, action in itertools.pairwise(path_points):
                 front, wrist = rng.integers(0, 256, (2, 48, 64, 3), np.uint8)
                 frame = {"observation.images.front": front, "observation.images.wrist": wrist}
                 writer.add_frame({**frame, "observation.state": state, "action": action})
@@ -84,7 +84,7 @@ def record(path: str, *, episodes: int) -> None:
 
 @pytest.mark.slow
 def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root):
-    """With small weights in place of the published ones, and a few recordings of the robot in the guide's file."""
+    """With small weights instead of the published ones, and a few recordings of the guide's robot."""
     monkeypatch.chdir(tmp_path)
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
     record("my_set", episodes=6)
@@ -92,20 +92,20 @@ def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root)
     guide = (DOCS / "fine_tune.md").read_text(encoding="utf-8")
     (robot,) = re.findall(r"^```json\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
     pathlib.Path("my_arm.json").write_text(robot)
-    observing, asking = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    observation_block, client_block = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
     lines = commands(guide)
-    known = "stats stats train train train train eval doctor convert infer serve"
-    assert [line.split()[0] for line in lines] == known.split()
-    said: dict[str, object] = {}
+    expected = "stats stats train train train train eval doctor convert infer serve"
+    assert [line.split()[0] for line in lines] == expected.split()
+    namespace: dict[str, object] = {}
     for line in lines:
         if line.startswith("doctor"):
-            exec(compile(observing, "fine_tune.md", "exec"), said)
+            exec(compile(observation_block, "fine_tune.md", "exec"), namespace)
             with pytest.raises(SystemExit, match="1"):  # after so few steps its actions are noise
                 main(shortened(line))
             assert "predicted far outside the training data's range" in capsys.readouterr().out
         elif line.startswith("serve"):
-            assert "WebsocketPolicy" in asking
-            assert serve_once(shortened(line), said["observation"]).shape == (50, 7)
+            assert "WebsocketPolicy" in client_block
+            assert serve_once(shortened(line), namespace["observation"]).shape == (50, 7)
         else:
             main(shortened(line))
     assert "error" not in capsys.readouterr().err
@@ -120,14 +120,14 @@ def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root)
 
 @pytest.mark.slow
 def test_commands_of_the_short_guide_run(tmp_path, monkeypatch, capsys, golden_root):
-    """From recordings to a server, with the drafted description of the robot as it is."""
+    """From recordings to a server, with the unedited draft of the robot's description."""
     monkeypatch.chdir(tmp_path)
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
     record("my_set", episodes=4)
     record("my_test_set", episodes=2)
     lines = commands((DOCS / "your_robot.md").read_text(encoding="utf-8"))
-    known = ["init", "data", "data", "train", "train", "eval", "convert", "serve", "doctor"]
-    assert [line.split()[0] for line in lines] == known
+    expected = ["init", "data", "data", "train", "train", "eval", "convert", "serve", "doctor"]
+    assert [line.split()[0] for line in lines] == expected
     observation: dict[str, np.ndarray] = {}
     for line in lines:
         if line.startswith("serve"):
@@ -149,7 +149,7 @@ def test_commands_of_the_short_guide_run(tmp_path, monkeypatch, capsys, golden_r
 
 @pytest.mark.slow
 def test_fine_tuning_with_statistics_of_the_weights(tmp_path, monkeypatch, golden_root):
-    """`--norm-stats` as the guide's table has it: of a robot of the weights, and of a policy that is trained on."""
+    """The guide's choices of `--norm-stats`: a robot of the weights, and a policy whose training continues."""
     monkeypatch.chdir(tmp_path)
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
     record("my_set", episodes=4)
@@ -158,8 +158,8 @@ def test_fine_tuning_with_statistics_of_the_weights(tmp_path, monkeypatch, golde
     pathlib.Path("my_arm.json").write_text(robot)
     choices = re.findall(r"^\| `(init\S*)` \|", guide, re.MULTILINE)
     assert choices == ["init:ur5e", "init"]
-    beginnings = ("gs://openpi-assets/checkpoints/pi05_base", "run_0/checkpoints/00000002/policy")
-    for number, (choice, init) in enumerate(zip(choices, beginnings, strict=True)):
+    initial_weights = ("gs://openpi-assets/checkpoints/pi05_base", "run_0/checkpoints/00000002/policy")
+    for number, (choice, init) in enumerate(zip(choices, initial_weights, strict=True)):
         line = f"train --dataset my_set --embodiment my_arm.json --out run_{number} --norm-stats {choice}"
         main([*shortened(line), "--init", init, "--num-steps", "2"])
         policy = torchpi.load_policy(f"run_{number}/checkpoints/00000002/policy")

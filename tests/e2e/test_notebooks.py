@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to the last, and say that they worked."""
+"""The notebooks run completely and show their results."""
 
 import pathlib
 
@@ -28,8 +28,8 @@ def test_notebook_runs(name):
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_notebook_shows_what_it_did(name):
-    """As it is read where nothing runs it: with its outputs, without warnings, and no megabytes."""
+def test_notebook_contains_outputs_without_warnings(name):
+    """For readers who don't run it: outputs are stored, without warnings, in a small file."""
     path = EXAMPLES / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     text = text_of(notebook)

@@ -1,4 +1,4 @@
-"""The README's commands and code run, and the tree of CONTRIBUTING.md is complete."""
+"""The README's commands and Python blocks run, and the tree of CONTRIBUTING.md is complete."""
 
 import pathlib
 import re
@@ -25,13 +25,12 @@ PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.D
 
 
 def in_simulation(line: str) -> bool:
-    return line.split()[0] in ("demo", "sim", "data", "stats", "train", "eval", "view", "init") and not of_the_guide(
-        line
-    )
+    commands = ("demo", "sim", "data", "stats", "train", "eval", "view", "init")
+    return line.split()[0] in commands and not is_guide_command(line)
 
 
-def of_the_guide(line: str) -> bool:
-    """A command of "Training", which is the guide's and runs there."""
+def is_guide_command(line: str) -> bool:
+    """True for a command of the section "Training", which the guide's tests run."""
     return bool(re.search(r"my_(test_)?set", line))
 
 
@@ -42,11 +41,11 @@ def test_readme_has_every_command_and_three_blocks():
     assert len(PYTHON_BLOCKS) == 3
 
 
-# In so few episodes the gripper stays open.
+# With so few episodes the gripper never closes.
 @pytest.mark.filterwarnings("ignore:.*(never change|don't vary|doesn't fit)")
 @pytest.mark.slow
 def test_simulator_commands_run(tmp_path, monkeypatch, capsys):
-    """One after the other, on a small setting: later ones read what earlier ones wrote."""
+    """Run in order on small sizes, because later commands read the files of earlier ones."""
     monkeypatch.chdir(tmp_path)
     for line in filter(in_simulation, COMMAND_LINES):
         main(
@@ -57,9 +56,9 @@ def test_simulator_commands_run(tmp_path, monkeypatch, capsys):
         assert any(pathlib.Path(folder).iterdir())
 
 
-def test_training_commands_are_those_of_the_guide():
+def test_training_commands_are_those_is_guide_command():
     guide = (ROOT / "docs" / "fine_tune.md").read_text(encoding="utf-8")
-    lines = [line for line in COMMAND_LINES if of_the_guide(line)]
+    lines = [line for line in COMMAND_LINES if is_guide_command(line)]
     assert [line.split()[0] for line in lines] == ["stats", "train", "eval"]
     own = {"fine_tuned", "fine_tuned/checkpoints/00030000/policy"}
     for line in lines:
@@ -77,7 +76,7 @@ def test_training_commands_are_those_of_the_guide():
             line, marks=[pytest.mark.slow] if re.match(r"(trace (--compare|pi05)|bench|push|pull)", line) else []
         )
         for line in COMMAND_LINES
-        if not in_simulation(line) and not of_the_guide(line)
+        if not in_simulation(line) and not is_guide_command(line)
     ],
 )
 def test_command_runs(line, tmp_path, monkeypatch, capsys):
@@ -103,7 +102,7 @@ def test_command_runs(line, tmp_path, monkeypatch, capsys):
 
 
 SPECIAL = ("paligemma_tokenizer", "ControlLoop")
-"""Blocks that need published weights, or a server and a robot."""
+"""Words in blocks that need published weights, or a server and a robot."""
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if not any(word in block for word in SPECIAL)])
@@ -113,9 +112,9 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_control_loop_block_controls_a_robot(capsys):
-    """With the embedded policy behind a server and a robot that only observes.
+    """With a server of the embedded policy, and a robot that always returns the same observation.
 
-    The control loop runs at 0.5 Hz, so that a chunk lasts 32 s and arrives in time on a busy machine, too.
+    The control loop runs at 0.5 Hz, so that a chunk lasts 32 s and arrives in time even on a busy machine.
     """
     (block,) = (block for block in PYTHON_BLOCKS if "ControlLoop" in block)
     observation, commands = demo_observation(), []
@@ -136,7 +135,7 @@ def test_control_loop_block_controls_a_robot(capsys):
 
 
 def test_published_checkpoints_block_names_existing_presets(golden_root, tmp_path, monkeypatch):
-    """Its names are right: preset, embodiment, and arguments; a small checkpoint contradicts the preset's sizes."""
+    """Preset, embodiment and arguments exist; the only error is that a small checkpoint contradicts the preset."""
     (block,) = (block for block in PYTHON_BLOCKS if "paligemma_tokenizer" in block)
     monkeypatch.chdir(tmp_path)
     pathlib.Path("checkpoints").mkdir()

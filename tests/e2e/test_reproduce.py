@@ -1,4 +1,4 @@
-"""The commands of docs/reproduce.md, checked with --dry-run: nothing of the network is asked."""
+"""The commands of docs/reproduce.md pass with --dry-run, without network access."""
 
 import json
 import pathlib
@@ -18,10 +18,10 @@ PI05_LIBERO = "gs://openpi-assets/checkpoints/pi05_libero"
 
 @pytest.fixture
 def dry_run(monkeypatch, capsys, tmp_path):
-    """Run a command with --dry-run: its document, or its error."""
+    """Return a function that runs a command with --dry-run and returns its JSON document."""
 
     def refuse(*_):
-        raise AssertionError("--dry-run asks the network")
+        raise AssertionError("--dry-run accessed the network or the weights")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(torchpi, "load_policy", refuse)

@@ -1,4 +1,4 @@
-"""The site's pages: their commands parse, their Python runs, and every page has its place."""
+"""Commands of the site's pages parse, their Python blocks run, and every page is in the navigation."""
 
 import pathlib
 import re
@@ -18,7 +18,7 @@ FAQ = (DOCS / "faq.md").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[str]:
-    """Commands of indented blocks and of tables."""
+    """Commands in indented blocks and in tables."""
     cells = re.findall(r"`torchpi ([^`…]+)`", "\n".join(re.findall(r"^\|.*", text, re.MULTILINE)))
     return re.findall(r"^    torchpi (.+)$", text, re.MULTILINE) + [cell for cell in cells if cell not in COMMANDS]
 
