@@ -1,10 +1,10 @@
 "use strict";
-// Polls the server for the state of the robots and shows it. Data of clients becomes text or numbers, never HTML.
+// Polls the server for the state of the robots and shows it. Client data is inserted as text or numbers, never as HTML.
 
 const PAUSE_MS = 400, SECONDS = 60;
 const SVG = "http://www.w3.org/2000/svg";
 
-// The token stays in this variable: not in the address, which is stored and sent around, and not on disk.
+// Keep the token only in this variable: not in the URL, which browsers store and share, and not on disk.
 const inAddress = location.search.match(/^\?token=([^&]*)/);
 const token = inAddress ? decodeURIComponent(inAddress[1]) : null;
 if (location.search) history.replaceState(null, "", location.pathname);
@@ -18,7 +18,7 @@ function fill(node, attributes, children) {
 }
 const el = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
 const svg = (name, attributes = {}, ...children) => fill(document.createElementNS(SVG, name), attributes, children);
-// A long name breaks behind its parts: left_ wrist_ rotate.
+// Let long names wrap after their parts: left_ wrist_ rotate.
 const breakable = (name) => name.split(/(?<=[_.])/).flatMap((part) => [part, el("wbr")]);
 const byId = (id) => document.getElementById(id);
 
@@ -35,7 +35,7 @@ const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 // ---- plots ----
 
-// Per second of the last minute a bar: the pass of the model, on it the time in the queue; a line at the slowest.
+// One bar per second of the last minute: inference, with the time in the queue on top; a line marks the slowest request.
 function latencyPlot(rows, width, height) {
   const left = 54, right = width - 6, top = 10, bottom = height - 20;
   if (!rows.length) return el("p", { class: "empty" }, `no answer in the last ${SECONDS} s`);
@@ -73,15 +73,15 @@ const key = (...entries) => el("p", { class: "key" },
   ...entries.map(([css, shape, text]) => el("span", {}, el("i", { class: `${css} ${shape}` }), text)));
 const latencyKey = () => key(["prefix", "", "inference"], ["suffix", "", "queue"], ["plain", "line", "slowest request"]);
 
-// One dimension of a chunk over its steps; the first `executed` of them are done, null: unknown. Around it a band of
-// one standard deviation of the samples, if there are several.
+// One dimension of a chunk over its steps. The first `executed` steps are done; null: unknown. With several samples, a band
+// shows one standard deviation.
 function jointPlot({ name, unit, span: trained, values, std }, executed) {
   const width = 200, height = 70, left = 50, right = width - 5, top = 7, bottom = height - 7;
   const known = values.filter((value) => value !== null);
   const off = values.map((value, i) => (value === null ? 0 : std[i] ?? 0)), spread = off.some((value) => value > 0);
   const edge = (sign) => values.map((value, i) => (value === null ? null : value + sign * off[i])).filter((value) => value !== null);
   const low = Math.min(...edge(-1)), high = Math.max(...edge(1));
-  // Neither rounding nor the jitter of a joint at rest shall look like motion.
+  // Rounding and the jitter of a joint at rest must not look like motion.
   const span = Math.max(high - low, 0.01 * Math.max(Math.abs(low), Math.abs(high)), 0.1 * (trained ?? 0));
   const x = (i) => left + ((right - left) * i) / Math.max(1, values.length - 1);
   const y = (value) => (top + bottom) / 2 - (span > 0 ? ((bottom - top) * (value - (low + high) / 2)) / span : 0);
@@ -150,7 +150,7 @@ function dropCard(number) {
 }
 
 function statusOf(robot) {
-  if (robot.left) return "left";
+  if (robot.left) return "disconnected";
   if (robot.waits_seconds !== null) return `waiting for an answer for ${seconds(robot.waits_seconds)}`;
   return robot.answered ? `answered ${seconds(robot.answered.seconds_ago)} ago` : "no request yet";
 }
@@ -191,7 +191,7 @@ function drawCard(card, robot) {
     jointPlot(dimension, answered.executed && answered.executed.steps)));
 }
 
-// The images and the chunk of a robot's last answer, if they are not here yet.
+// Fetch the images and the chunk of a robot's last answer, if they are not loaded yet.
 async function readAnswer(card, robot) {
   if (robot.answered === null || card.shown === robot.requests) return;
   const read = [ask(`chunk/${robot.number}.json`).then((response) => response.json()).then((chunk) => { card.chunk = chunk; })];
@@ -261,10 +261,10 @@ async function refresh() {
   const server = await (await ask("dashboard.json")).json();
   drawServer(server);
   for (const number of [...cards.keys()]) if (!server.robots.some((robot) => robot.number === number)) dropCard(number);
-  if (!byId("robots").firstChild) byId("robots").append(el("h2", {}, "Robots"), el("p", { class: "empty" }, "none is connected"));
+  if (!byId("robots").firstChild) byId("robots").append(el("h2", {}, "Robots"), el("p", { class: "empty" }, "no robot is connected"));
   byId("robots").querySelector(".empty").hidden = server.robots.length > 0;
   const shown = server.robots.map((robot) => [cardOf(robot), robot]).filter(([card]) => card.root.dataset.seen !== "");
-  // A robot that leaves in between is no failure of the page.
+  // A robot may disconnect meanwhile, which is not an error.
   await Promise.all(shown.map(([card, robot]) => readAnswer(card, robot).catch((error) => { if (error.status !== 404) throw error; })));
   for (const [card, robot] of shown) drawCard(card, robot);
   note(server.ready ? "" : "the policies are being loaded and warmed up, or the server is stopping", false);
@@ -279,7 +279,7 @@ async function run() {
       await refresh();
     } catch (error) {
       if (error.status === 401) {
-        note("the server asks for a token: open /?token=TOKEN", true);
+        note("the server requires a token: open /?token=TOKEN", true);
         break;
       }
       note(`no answer from the server, trying again (${error.message})`, true);

@@ -1,4 +1,4 @@
-"""`bench data`: samples per second of the training loader on a dataset, and the fraction of time training would wait."""
+"""`bench data`: samples per second of the training loader, and the fraction of time that training would wait."""
 
 import itertools
 import pathlib

@@ -53,7 +53,8 @@ class Result:
             console.print(f"with all cores busy: {1e3 * self.busy_seconds:.1f} ms, {slowdown:.2f} times as long")
         totals: dict[str, np.ndarray] = {}  # FLOPs, bytes and floor by name
         for op in self.operations:
-            totals[op.name] = totals.get(op.name, np.zeros(3)) + (op.flops, op.bytes, op.floor(self.machine))
+            costs = np.array([op.flops, op.bytes, op.floor(self.machine)])
+            totals[op.name] = totals.get(op.name, np.zeros(3)) + costs
         rows = [
             (name, f"{flops / 1e9:.2f}", f"{size / 1e9:.3f}", f"{1e3 * floor:.2f}", f"{100 * floor / self.floor:.1f} %")
             for name, (flops, size, floor) in sorted(totals.items(), key=lambda item: -item[1][2])

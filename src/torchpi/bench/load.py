@@ -49,7 +49,7 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
 
 
 def measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
-    """Run a function that returns a model's size in bytes in a fresh process; returns wall and CPU time, peak memory."""
+    """Measure time and peak memory of a function in a fresh process; the function returns a model's size in bytes."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_measure, work, *arguments).result()
