@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: what goes to stdout and stderr, the files, the exit status."""
+"""The command line as a user sees it: stdout and stderr, files, exit status."""
 
 import ast
 import dataclasses
@@ -61,7 +61,7 @@ def policy(golden_root, tmp_path_factory):
 
 @pytest.fixture
 def observation(tmp_path):
-    """A request as a file: nested keys joined with '.', the prompt a 0-d string."""
+    """Observation file with nested keys joined by '.' and a 0-d prompt string."""
     example = ROBOT.example_observation()
     np.savez(
         tmp_path / "observation.npz",
@@ -74,7 +74,7 @@ def observation(tmp_path):
 
 @pytest.fixture
 def arguments(policy, observation, tmp_path):
-    """Of an infer that works."""
+    """Arguments of a valid infer command."""
     return [
         "infer", "--policy", policy, "--inputs", observation, "--out", tmp_path / "actions.npz", "--device", "cpu",
     ]  # fmt: skip
@@ -85,7 +85,7 @@ def run(arguments):
 
 
 def fails(arguments, capsys):
-    """Run a command that must fail: its one line on stderr."""
+    """Run a command that must fail; returns its single line on stderr."""
     with pytest.raises(SystemExit) as caught:
         run(arguments)
     captured = capsys.readouterr()
@@ -104,8 +104,8 @@ def actions(path):
 
 
 @pytest.mark.parametrize("name", ["pi05.aloha", "pi0.libero7"])
-def test_infer_writes_openpis_actions(golden_root, policy_cases, policy_case, tmp_path, capsys, name):
-    """From files alone: an openpi checkpoint, and a request with nested keys and a 0-d prompt."""
+def test_infer_reproduces_openpi_actions(golden_root, policy_cases, policy_case, tmp_path, capsys, name):
+    """Runs an openpi checkpoint on an observation file with nested keys and a 0-d prompt."""
     raw, case = policy_case(name)
     np.savez(tmp_path / "request.npz", **raw)
     np.save(tmp_path / "noise.npy", case["noise"])
@@ -158,7 +158,7 @@ def test_a_default_prompt_serves_observations_without_one(arguments, observation
 
 
 def test_warnings_go_to_stderr_as_one_line(arguments, observation):
-    """In a process of its own, where warnings are not errors."""
+    """Runs in a subprocess, where warnings are not errors."""
     with np.load(observation) as arrays:
         np.savez(observation, **arrays, temperature=np.float64(20))
     result = python(*arguments, "--json")
@@ -182,7 +182,7 @@ def python(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-# What a user gets wrong
+# User errors
 
 
 def write_text(path):
@@ -262,7 +262,7 @@ def test_invalid_noise_file_is_an_error(arguments, tmp_path, capsys, write):
         (["--policy", "demo", "--embodiment", "aloha"], "'metaworld', whose state has 4 dimensions; that of"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_status_1(arguments, capsys, wrong, message):
+def test_wrong_argument_prints_one_line_and_exits_with_1(arguments, capsys, wrong, message):
     assert message in fails([*arguments, *wrong], capsys)
 
 
@@ -277,7 +277,7 @@ def test_a_wrong_argument_is_one_line_and_status_1(arguments, capsys, wrong, mes
         (["--norm-stats", "nowhere.json"], "No normalization statistics at nowhere.json"),
     ],
 )
-def test_a_checkpoints_wrong_argument_is_one_line_and_status_1(arguments, golden_root, capsys, wrong, message):
+def test_wrong_checkpoint_argument_prints_one_line_and_exits_with_1(arguments, golden_root, capsys, wrong, message):
     checkpoint = [
         "--policy", golden_root / "pi0" / "jax_ckpt_pure", "--embodiment", "libero",
         "--tokenizer", golden_root / "tokenizer" / "tiny_spm.model",
@@ -285,19 +285,19 @@ def test_a_checkpoints_wrong_argument_is_one_line_and_status_1(arguments, golden
     assert message in fails([*arguments, *checkpoint, *wrong], capsys)
 
 
-def test_a_folder_in_place_of_the_output_is_one_line_and_status_1(arguments, tmp_path, capsys):
+def test_folder_as_output_file_prints_one_line_and_exits_with_1(arguments, tmp_path, capsys):
     assert "Is a directory" in fails([*arguments, "--out", tmp_path], capsys)
 
 
-def test_an_observation_that_does_not_fit_is_one_line_and_status_1(arguments, observation, capsys):
+def test_unfitting_observation_prints_one_line_and_exits_with_1(arguments, observation, capsys):
     with np.load(observation) as arrays:
         np.savez(observation, **{key: arrays[key] for key in arrays.files if key != "images.wrist"})
     error = fails(arguments, capsys)
     assert "The observation has no image 'images.wrist' (camera left_wrist_0_rgb)" in error
-    assert "'The observation" not in error  # a KeyError's own text is in quotes
+    assert "'The observation" not in error  # str(KeyError) would put the message in quotes
 
 
-def test_a_mistyped_option_brings_suggestions_of_its_own_command_alone(capsys):
+def test_mistyped_option_gets_suggestions_from_its_own_command_only(capsys):
     with pytest.raises(SystemExit) as caught:
         run(["serve", "demo", "--prot", "8001"])
     assert caught.value.code == 2
@@ -317,18 +317,18 @@ def test_a_mistyped_option_brings_suggestions_of_its_own_command_alone(capsys):
         (["fly"], "There is no command 'fly'. torchpi --help lists them."),
     ],
 )
-def test_an_unknown_command_is_one_line(words, message, capsys):
+def test_unknown_command_prints_one_line(words, message, capsys):
     assert message in fails(words, capsys)
 
 
-def test_completion_of_the_shell_is_printed(capsys):
+def test_shell_completion_is_printed(capsys):
     with pytest.raises(SystemExit) as ended:
         run(["--tyro-print-completion", "bash"])
     assert ended.value.code in (0, None)
     assert "Bash completion for torchpi" in capsys.readouterr().out
 
 
-def test_names_of_nothing_and_folders_that_exist_are_errors(tmp_path, capsys):
+def test_unknown_names_and_existing_folders_are_errors(tmp_path, capsys):
     assert "neither a checkpoint nor a preset pi06; presets are" in fails(["trace", "pi06"], capsys)
     message = fails(["train", "--plan-memory", "3"], capsys)
     assert message == "error: --plan-world, --plan-memory and --json belong to --plan.\n"
@@ -336,7 +336,7 @@ def test_names_of_nothing_and_folders_that_exist_are_errors(tmp_path, capsys):
     assert f"{tmp_path} exists already; choose another folder for --out" in message
 
 
-def test_a_pipe_that_ends_early_is_no_error():
+def test_closed_pipe_is_not_an_error():
     reader, writer = os.pipe()
     os.close(reader)  # as `torchpi train --help | head` does
     command = [sys.executable, "-m", "torchpi.cli", "train", "--help"]
@@ -349,13 +349,13 @@ def test_a_pipe_that_ends_early_is_no_error():
 
 
 def annotated(field, property):
-    """A property of an argument that its type states, such as its name or help; None: it states none."""
+    """Name or help that an argument's type annotation states; None if it states none."""
     found = (getattr(annotation, property, None) for annotation in getattr(field.type, "__metadata__", ()))
     return next(filter(None, found), None)
 
 
 def documented_fields(arguments):
-    """The fields of a dataclass and of those inside it, each with its docstring or the help of its type."""
+    """Fields of a dataclass and of nested ones, each with its docstring or the help of its type."""
     body = ast.parse(textwrap.dedent(inspect.getsource(arguments))).body[0].body
     docstrings = {
         field.target.id: after.value.value
@@ -378,7 +378,7 @@ def documented_fields(arguments):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_describes_every_argument(command, capsys):
+def test_help_describes_every_argument(command, capsys):
     with pytest.raises(SystemExit) as caught:
         run([*command.split(), "--help"])
     assert caught.value.code == 0
@@ -398,7 +398,7 @@ def test_version(capsys):
 
 
 def test_a_positional_argument_can_be_given_by_its_name(policy, observation, tmp_path, capsys):
-    """As infer's --policy in earlier versions; and the former names of other options."""
+    """Also covers former option names."""
     words = ["--inputs", observation, "--out", tmp_path / "actions.npz", "--num-steps", 1, "--device", "cpu"]
     for given in ([policy], [f"--policy={policy}"], ["--policy", "nowhere", "--policy", policy]):
         run(["infer", *given, *words])
@@ -428,18 +428,18 @@ def test_a_positional_argument_can_be_given_by_its_name(policy, observation, tmp
         ("serve demo --server.prt=3", "--port"),
     ],
 )
-def test_an_option_of_lerobot_or_openpi_is_refused_with_the_one_here(capsys, words, option):
+def test_lerobot_and_openpi_options_are_refused_with_their_replacement(capsys, words, option):
     command = words.split()[0]
     message = fails(words.split(), capsys)
     assert re.fullmatch(rf"error: torchpi {command} has no --\S+, it has {option}; see torchpi .* --help.\n", message)
 
 
-def test_an_option_that_may_be_none_takes_none(capsys):
+def test_optional_option_accepts_none(capsys):
     message = fails(["train", "--init", "None", "--embodiment", "metaworld", "--plan"], capsys)
     assert "Say which weights to start from (--init" in message
 
 
-def test_messages_name_the_commands_options(golden_root, capsys):
+def test_messages_name_command_line_options(golden_root, capsys):
     checkpoint = golden_root / "pi05" / "jax_ckpt_pure"
     message = fails(["doctor", checkpoint], capsys)
     assert "pass --embodiment, one of aloha" in message
@@ -465,7 +465,7 @@ def test_a_renamed_option_is_refused_with_its_new_name(capsys, monkeypatch):
         assert fails(["infer", *words], capsys) == "error: --euler-steps is now --num-steps.\n"
 
 
-def test_help_lists_the_commands_in_a_process_of_its_own():
+def test_help_lists_the_commands_in_a_subprocess():
     result = python("--help")
     assert result.returncode == 0
     assert result.stderr == ""
@@ -482,14 +482,14 @@ def test_commands_are_listed_in_groups_a_line_each(words, capsys):
     assert max(map(len, lines)) <= 80
 
 
-def test_a_home_folder_that_the_shell_left_is_a_home_folder(arguments, tmp_path, monkeypatch):
-    """As in --out=~/actions.npz."""
+def test_unexpanded_home_folder_is_expanded(arguments, tmp_path, monkeypatch):
+    """A shell does not expand the ~ in --out=~/actions.npz."""
     monkeypatch.setenv("HOME", str(tmp_path))
     run([*arguments, "--out=~/home.npz"])
     assert actions(tmp_path / "home.npz").shape == (4, 2)
 
 
-def test_the_choices_of_an_option_that_may_be_none_have_one_order(capsys):
+def test_choices_of_an_optional_option_are_sorted(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "demo", "--engine", "jit"])
     found = " ".join(re.findall(r"'\w+'", capsys.readouterr().err))

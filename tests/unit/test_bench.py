@@ -26,7 +26,7 @@ def workload(config, **changes):
 @pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_counted_flops_equal_those_of_a_run(batch, pi05):
-    """PyTorch's own counter sees every matmul of a run, attention's too where it is plain matmuls."""
+    """PyTorch's FLOP counter sees every matmul of a run, including attention as plain matmuls."""
     work = workload(dataclasses.replace(preset("tiny"), pi05=pi05), batch=batch)
     model = torchpi.Pi0(work.config)
     observation = bench.make_observation(work, torch.device("cpu"))
@@ -37,7 +37,7 @@ def test_counted_flops_equal_those_of_a_run(batch, pi05):
 
 
 @pytest.mark.parametrize("engine", [None, "eager"])
-def test_sampling_is_measured_on_busy_cores_too(engine, monkeypatch):
+def test_sampling_is_also_measured_on_busy_cores(engine, monkeypatch):
     monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: operations.Machine(1e11, 1e10))
     work = workload(preset("tiny"), num_steps=1)
     result = bench.bench_model(work, repeats=1, engine=engine, busy=True)
@@ -45,12 +45,12 @@ def test_sampling_is_measured_on_busy_cores_too(engine, monkeypatch):
     assert "busy_seconds" not in bench.bench_model(work, repeats=1, engine=engine).to_json()
 
 
-def test_sampling_that_fits_no_bucket_is_not_measured_as_the_engines():
+def test_batch_without_engine_bucket_is_an_error():
     with pytest.raises(ValueError, match="no bucket for this batch size"):
         bench.bench_model(workload(preset("tiny"), batch=9, num_steps=1), repeats=1, engine="eager")
 
 
-def test_bench_model_names_the_option_that_compiles(capsys):
+def test_compile_option_of_bench_model_names_the_engine_option(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "model", "--compile"])
     assert "use --engine compiled with bench model" in capsys.readouterr().err
@@ -64,11 +64,11 @@ def test_compile_reaches_every_trained_layer(monkeypatch):
     bench.bench_train(work, repeats=1)
     assert not compiled
     bench.bench_train(work, repeats=1, compiled=True)
-    assert len(compiled) == 4 + 3 + 4  # of the backbone's last layer only keys and values are computed
+    assert len(compiled) == 4 + 3 + 4  # the backbone's last layer computes only keys and values
 
 
 def test_full_size_flops():
-    """The figures of the design: vision 0.66, prefix 3.76, expert 0.39 TFLOP at three cameras and 200 tokens."""
+    """Expected at three cameras and 200 tokens: vision 0.66, prefix 3.76, expert 0.39 TFLOP."""
     work = workload(preset("pi05"), prompt_tokens=200, num_steps=10, dtype=torch.bfloat16)
     parts = (operations.vision_ops(work), operations.prefix_ops(work), operations.expert_ops(work, work.num_steps))
     assert [round(sum(op.flops for op in ops) / 1e12, 2) for ops in parts] == [0.66, 3.76, 0.39]
@@ -113,7 +113,7 @@ def test_load_runs_in_a_fresh_process(tmp_path, capsys):
         (["load", "--policy", "/nowhere"], "/nowhere"),
     ],
 )
-def test_mistakes_end_with_one_line(arguments, message, capsys):
+def test_wrong_options_print_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *arguments])
     assert stopped.value.code == 1

@@ -9,8 +9,8 @@ from torchpi.cli import main
 
 
 def test_wait_share_with_and_without_workers():
-    assert wait_share(0.1, 0.3, workers=0) == pytest.approx(0.25)  # they take turns
-    assert wait_share(0.1, 0.3, workers=2) == 0  # the batch is there before the step ends
+    assert wait_share(0.1, 0.3, workers=0) == pytest.approx(0.25)  # loading and training alternate
+    assert wait_share(0.1, 0.3, workers=2) == 0  # the batch is ready before the step ends
     assert wait_share(0.4, 0.3, workers=2) == pytest.approx(0.25)
 
 
@@ -44,7 +44,7 @@ def test_worker_processes(golden_root, capsys):
         (["SET", "--embodiment", "droid"], "embodiment 'droid' requires"),
     ],
 )
-def test_mistakes_end_with_one_line(arguments, message, golden_root, capsys):
+def test_wrong_options_print_one_line(arguments, message, golden_root, capsys):
     path = str(golden_root / "datasets/lerobot_v3_image")
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "data", *(path if argument == "SET" else argument for argument in arguments)])

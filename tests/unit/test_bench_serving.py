@@ -13,7 +13,7 @@ from torchpi_client import WebsocketPolicy
 
 @contextlib.contextmanager
 def in_thread(serve, *arguments):
-    """The address of a server in a thread, without a process that would have to import everything again."""
+    """Address of a server in a thread, which avoids importing everything again in a process."""
     pipe, theirs = multiprocessing.Pipe()
     thread = threading.Thread(target=serve, args=(theirs, *arguments))
     thread.start()

@@ -42,7 +42,7 @@ def stage(comparison, name):
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_a_policy_is_the_same_as_itself(make_policy, pi05):
+def test_policy_equals_itself(make_policy, pi05):
     policy = make_policy(small_config(pi05))
     comparison = compare(policy, copy.deepcopy(policy), tolerance=0.0)
     assert comparison.same
@@ -71,7 +71,7 @@ def test_a_policy_is_the_same_as_itself(make_policy, pi05):
 
 
 def test_last_stage_equals_the_actions_of_infer(make_policy):
-    """The two walks end with the actions of `Policy.infer`; the noise is the seed's."""
+    """The last stage of each policy equals `Policy.infer` with the noise of the seed."""
     policy = make_policy(embodiment="aloha")
     other = copy.deepcopy(policy)
     other.model.action_out_proj.bias.data += 0.5
@@ -136,7 +136,7 @@ def test_first_differing_stage_is_reported(make_policy, change, first):
         assert comparison.first_difference == first
 
 
-def test_the_tolerance_is_of_the_scale(make_policy):
+def test_tolerance_is_relative_to_the_scale(make_policy):
     one, other = make_policy(), make_policy()
     other.model.vision.head.bias.data[0] += 1e-5
     name = f"image tokens {BASE}"
@@ -149,7 +149,7 @@ def test_the_tolerance_is_of_the_scale(make_policy):
         compare(one, other, tolerance=-1.0)
 
 
-def test_a_number_that_is_not_finite_differs_and_ends_the_walk(make_policy, capsys):
+def test_non_finite_number_differs_and_stops_the_comparison(make_policy, capsys):
     one, other = make_policy(), make_policy()
     other.model.expert.layers[0].attention.out.weight.data[0, 0] = math.nan
     comparison = compare(one, other)
@@ -186,12 +186,12 @@ def test_a_masked_camera_changes_no_stage(make_policy):
     assert comparison.settings == ("embodiment.cameras: 2 entries in A, 3 entries in B",)
 
 
-def test_names_of_robots_make_no_difference(make_policy):
+def test_robot_names_are_not_compared(make_policy):
     robot = dataclasses.replace(TWO_JOINTS, name="another", asset_id="two", metadata={"a": 1})
     assert compare(make_policy(), make_policy(embodiment=robot)).same
 
 
-def test_other_sizes_are_listed_and_equal_shapes_are_compared(make_policy):
+def test_different_sizes_are_listed_and_equal_shapes_compared(make_policy):
     one, other = make_policy(), make_policy(small_config(action_horizon=6))
     comparison = compare(one, other)
     assert comparison.settings == ("model.action_horizon: 4 in A, 6 in B",)
@@ -212,7 +212,7 @@ def test_pi0_and_pi05_differ_first_in_the_prompt(make_policy):
     assert "model.pi05: true in A, false in B" in comparison.settings
 
 
-def test_an_unset_horizon_is_the_others(make_policy):
+def test_unset_horizon_is_taken_from_the_other_policy(make_policy):
     unset = make_policy(small_config(action_horizon=None))
     comparison = compare(make_policy(), unset)
     assert comparison.first_difference is None
@@ -221,7 +221,7 @@ def test_an_unset_horizon_is_the_others(make_policy):
         compare(unset, unset)
 
 
-def test_a_policy_that_cannot_read_the_observation_is_named(make_policy):
+def test_policy_that_cannot_read_the_observation_is_reported(make_policy):
     robot = Embodiment.generic("other", cameras={BASE: "top"}, state=["x"], actions=["x"])
     comparison = compare(make_policy(), make_policy(embodiment=robot))
     assert comparison.status == 1
@@ -240,7 +240,7 @@ def test_policies_of_a_robot_without_state_are_compared(make_policy):
     assert stage(comparison, "state").shape == (0,)
 
 
-def test_other_cameras_are_a_difference(make_policy):
+def test_different_cameras_differ(make_policy):
     robot = dataclasses.replace(TWO_JOINTS, cameras=TWO_JOINTS.cameras[::-1])
     comparison = compare(make_policy(), make_policy(embodiment=robot))
     assert comparison.first_difference == "cameras"
@@ -282,8 +282,8 @@ def test_report_names_the_first_difference(files, capsys, tmp_path):
     assert 'prompt.default: null in A, "wave" in B' in out
 
 
-def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, capsys):
-    """Options complete a checkpoint that states less; the folder keeps its own."""
+def test_checkpoint_equals_its_policy_folder(golden_root, tmp_path, capsys):
+    """Options complete the checkpoint; the policy folder keeps its own settings."""
     one = NormStats(np.zeros(7), np.ones(7), -np.ones(7), np.ones(7))
     save_norm_stats(tmp_path / "stats.json", {"state": one, "actions": one})
     load = {
@@ -303,7 +303,7 @@ def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, 
     assert 'normalization.state.kind: "quantile" in A, "z_score" in B' in capsys.readouterr().out
 
 
-def test_options_that_neither_side_takes_are_refused(files, golden_root):
+def test_options_are_refused_for_two_policy_folders(files, golden_root):
     with pytest.raises(ValueError, match="are policy folders, which are complete; omit --lora-alpha"):
         run_compare(**files, lora_alpha=(16.0, 32.0))
     golden = golden_root / "pi05"

@@ -31,7 +31,7 @@ BASE, WRIST = "base_0_rgb", "left_wrist_0_rgb"
 
 @pytest.fixture(scope="module")
 def demo():
-    """The embedded policy; tests that change it take a copy."""
+    """Embedded policy; tests that change it use a copy."""
     return load_policy("demo", device="cpu")
 
 
@@ -62,7 +62,7 @@ def file(tmp_path):
 
 
 def with_stats(policy, key, **changes):
-    """The policy with other statistics; a change is {index: value}."""
+    """Policy with changed statistics; a change is {index: value}."""
     entry = policy.transforms.norm_stats[key]
     arrays = {name: np.array(getattr(entry, name)) for name in ("mean", "std", "q01", "q99")}
     for name, values in changes.items():
@@ -87,7 +87,7 @@ def moves(diagnosis):
 @pytest.mark.parametrize(
     "task", [demo_tasks()[0], *(pytest.param(task, marks=pytest.mark.slow) for task in demo_tasks()[1:])]
 )
-def test_the_demo_is_healthy_and_reads_everything(demo, task):
+def test_demo_policy_has_no_findings_and_uses_all_inputs(demo, task):
     diagnosis = diagnose(demo, demo_observation(task), num_seeds=4)
     assert diagnosis.status == 0
     assert not findings(diagnosis, "problem")
@@ -99,7 +99,7 @@ def test_the_demo_is_healthy_and_reads_everything(demo, task):
     assert not diagnosis.observation.prompt.cut
 
 
-def test_the_demo_is_healthy_without_an_observation(demo):
+def test_demo_policy_has_no_findings_without_an_observation(demo):
     diagnosis = diagnose(demo)
     assert (diagnosis.status, diagnosis.findings, diagnosis.observation) == (0, (), None)
     said = diagnosis.policy
@@ -122,7 +122,7 @@ def test_every_robot_can_be_examined(make_policy, embodiment, pi05):
     json.dumps(diagnosis.to_dict(), allow_nan=False)
 
 
-def test_the_same_seed_finds_the_same(demo):
+def test_same_seed_gives_the_same_diagnosis(demo):
     one, same, other = (diagnose(demo, demo_observation(), seed=seed, **QUICK) for seed in (0, 0, 1))
     assert one.to_dict() == same.to_dict()
     assert moves(one) != moves(other)
@@ -148,11 +148,11 @@ def test_every_rule_of_the_table_is_applied():
     assert all(name.startswith(("state_", "actions_")) for name in by_distance)
 
 
-# The measure
+# Sensitivity
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-def test_chunks_that_share_the_prefix_are_those_of_the_policy(make_policy, pi05):
+def test_chunks_with_a_shared_prefix_equal_the_policys(make_policy, pi05):
     policy = make_policy(small_config(pi05), "libero")
     observation = request(policy)
     noise = generator_at(0, "test").standard_normal((3, 4, ACTION_DIM)).astype(np.float32)
@@ -188,7 +188,7 @@ def test_measure_equals_its_definition(demo):
 # Inputs that are ignored
 
 
-def test_policy_that_ignores_images_is_named(damaged):
+def test_ignored_images_are_reported(damaged):
     torch.nn.init.zeros_(damaged.model.vision.head.weight)
     diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert diagnosis.status == 1
@@ -197,17 +197,17 @@ def test_policy_that_ignores_images_is_named(damaged):
         assert message.startswith(
             f"ignores the camera {camera}: the chunk moves by 0.00 of its spread when it is blanked"
         )
-    assert not findings(diagnosis, "warning")  # that they can be swapped says nothing more
+    assert not findings(diagnosis, "warning")  # swapping them gives no further information
     assert not findings(diagnosis, "problem", "instruction")
 
 
-def test_one_ignored_camera_is_named_alone(damaged):
+def test_only_the_ignored_camera_is_reported(damaged):
     damaged.model.vision.register_forward_hook(lambda module, args, out: out * torch.tensor([1.0, 0.0])[:, None, None])
     diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert [f.about for f in diagnosis.findings if f.level == "problem"] == [f"camera {WRIST}"]
 
 
-def test_cameras_that_are_not_told_apart_are_named(damaged):
+def test_indistinguishable_cameras_are_reported(damaged):
     damaged.model.vision.register_forward_hook(lambda module, args, out: out.mean(0, keepdim=True).expand_as(out))
     diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert findings(diagnosis, "warning", "cameras")[0].startswith(
@@ -216,8 +216,8 @@ def test_cameras_that_are_not_told_apart_are_named(damaged):
     assert diagnosis.status == 0
 
 
-def test_policy_that_ignores_the_prompt_is_named(damaged):
-    """Its tokens lose the instruction, as where a tokenizer knows none of the words."""
+def test_ignored_prompt_is_reported(damaged):
+    """The tokens lose the instruction, as with a tokenizer that knows none of the words."""
     encode = damaged.transforms.tokenizer.encode
     damaged.transforms.tokenizer.encode = lambda text, add_bos: encode(
         re.sub("Task: .*, State", "Task: , State", text), add_bos
@@ -231,14 +231,14 @@ def test_policy_that_ignores_the_prompt_is_named(damaged):
     assert diagnosis.status == 0
 
 
-def test_a_policy_with_damaged_embeddings_is_named(damaged):
+def test_damaged_embeddings_are_reported(damaged):
     torch.nn.init.zeros_(damaged.model.embedding)
     diagnosis = diagnose(damaged, demo_observation(), other_instruction="open the window", **QUICK)
     assert findings(diagnosis, "problem", "instruction")
     assert not findings(diagnosis, "problem", "camera")
 
 
-def test_policy_that_ignores_the_state_is_named(make_policy):
+def test_ignored_state_is_reported(make_policy):
     policy = make_policy(small_config(pi05=False))
     policy.model.suffix.state_proj.weight.data *= 10
     healthy = diagnose(policy, request(policy), **QUICK)
@@ -249,7 +249,7 @@ def test_policy_that_ignores_the_state_is_named(make_policy):
     assert diagnosis.status == 1
 
 
-def test_untested_inputs_are_listed(make_policy):
+def test_untried_inputs_are_listed_with_reasons(make_policy):
     policy = make_policy(small_config(discrete_state_input=False))
     black = np.zeros((28, 28, 3), np.uint8)
     observation = request(policy, front=black, wrist=black)
@@ -267,7 +267,7 @@ def test_untested_inputs_are_listed(make_policy):
     assert state.untried == "it is already near its mean"
 
 
-def test_the_other_instruction_is_a_known_one_or_made_up(demo, make_policy):
+def test_other_instruction_is_a_trained_one_or_made_up(demo, make_policy):
     def replaced(policy, observation, **options):
         found = diagnose(policy, observation, **QUICK, **options).observation.sensitivity
         return next(entry.change for entry in found if entry.input == "instruction")
@@ -283,7 +283,7 @@ def test_the_other_instruction_is_a_known_one_or_made_up(demo, make_policy):
 # Weights and actions
 
 
-def test_weights_that_are_not_finite_are_named_and_not_run(damaged):
+def test_weights_that_are_not_finite_are_reported_and_not_run(damaged):
     with torch.no_grad():
         damaged.model.expert.layers[1].attention.out.weight[0, 0] = math.nan
         damaged.model.embedding[5, 5] = math.inf
@@ -296,7 +296,7 @@ def test_weights_that_are_not_finite_are_named_and_not_run(damaged):
 
 
 def test_actions_that_are_not_finite_are_a_problem(damaged):
-    damaged.model.action_out_proj.weight.data *= 1e38  # finite themselves
+    damaged.model.action_out_proj.weight.data *= 1e38  # the weights themselves stay finite
     damaged.model.action_out_proj.bias.data.fill_(3.3e38)
     diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     (message,) = findings(diagnosis, "problem", "actions")
@@ -316,7 +316,7 @@ def test_actions_far_outside_are_a_problem_in_the_robots_units(damaged):
 
 @pytest.mark.parametrize("embodiment", ["aloha", "pi0_libero"])
 def test_actions_and_their_range_are_in_the_robots_units(make_policy, embodiment):
-    """Joints that turn the other way, gripper commands, and deltas behind the state."""
+    """Covers flipped joints, gripper commands, and deltas added to the state."""
     policy = make_policy(embodiment=embodiment)
     observation = request(policy)
     diagnosis = diagnose(policy, observation, **QUICK)
@@ -354,7 +354,7 @@ def test_excess_is_measured_in_widths_of_the_range():
     ("kind", "changes"),
     [("quantile", {"q01": {3: 0.25}, "q99": {3: 0.25}}), ("z_score", {"std": {3: 0.0}, "mean": {3: 0.25}})],
 )
-def test_a_state_off_the_constant_of_its_statistics_is_a_problem(damaged, kind, changes):
+def test_state_that_differs_from_constant_statistics_is_a_problem(damaged, kind, changes):
     rules = {key: Normalization(kind) for key in ("state", "actions")}
     damaged.transforms = dataclasses.replace(damaged.transforms, normalization=rules)
     if kind == "z_score":
@@ -382,7 +382,7 @@ def test_a_state_off_the_constant_of_its_statistics_is_a_problem(damaged, kind, 
     assert off.status == 1
 
 
-def test_constant_padding_of_the_statistics_is_no_finding(damaged):
+def test_constant_padding_in_the_statistics_is_not_reported(damaged):
     entry = damaged.transforms.norm_stats["state"]
     padded = NormStats(*(np.pad(getattr(entry, name), (0, 28)) for name in ("mean", "std", "q01", "q99")))
     damaged.transforms = dataclasses.replace(
@@ -391,7 +391,7 @@ def test_constant_padding_of_the_statistics_is_no_finding(damaged):
     assert not diagnose(damaged).findings
 
 
-def test_dimensions_that_hardly_move_are_warned_of(damaged):
+def test_dimensions_that_hardly_move_give_a_warning(damaged):
     policy = with_stats(damaged, "actions", q01={0: 0.5}, q99={0: 0.5001})
     (message,) = findings(diagnose(policy), "warning", "statistics of actions")
     assert message.startswith("delta_x hardly moves")
@@ -424,7 +424,7 @@ def of(*ranges):
         ("rad", [(-3.2, 3.2), (-6.3, 6.3)], None),
     ],
 )
-def test_values_that_cannot_be_the_robots_are_warned_of(make_policy, unit, ranges, named):
+def test_impossible_values_give_a_warning(make_policy, unit, ranges, named):
     policy = make_policy(embodiment=arm(unit), norm_stats={"state": of(*ranges), "actions": of(*ranges)})
     found = findings(diagnose(policy), "warning")
     assert [named is not None and message.startswith(named) for message in found] == [True] * (2 if named else 0)
@@ -433,13 +433,13 @@ def test_values_that_cannot_be_the_robots_are_warned_of(make_policy, unit, range
 @pytest.mark.parametrize(
     ("kind", "ranges", "is_named"),
     [
-        ("absolute", [(-1, 1), (-60, 60)], True),  # degrees, of a joint that is measured in rad
+        ("absolute", [(-1, 1), (-60, 60)], True),  # degrees for a joint measured in rad
         ("absolute", [(-1, 1), (-3, 12)], False),
         ("delta", [(-0.1, 0.1), (-0.5, 0.5)], False),
         ("delta", [(-0.1, 0.1), (100, 101)], True),
     ],
 )
-def test_targets_far_from_recorded_states_are_warned_of(make_policy, kind, ranges, is_named):
+def test_targets_far_from_recorded_states_give_a_warning(make_policy, kind, ranges, is_named):
     policy = make_policy(
         embodiment=arm("", kind), norm_stats={"state": of((-1, 1), (-1, 1.05)), "actions": of(*ranges)}
     )
@@ -447,7 +447,7 @@ def test_targets_far_from_recorded_states_are_warned_of(make_policy, kind, range
     assert [message.startswith("elbow ranges from") for message in found] == [True] * is_named
 
 
-def test_statistics_of_another_width_are_warned_of(make_policy):
+def test_statistics_of_another_width_give_a_warning(make_policy):
     policy = make_policy(small_config(action_dim=7), "libero", norm_stats={"state": stats(7), "actions": stats(7)})
     (message,) = findings(diagnose(policy), "warning", "statistics of state")
     assert message.startswith("they have fewer dimensions than the robot: the policy reads 7 of its 8 dimensions")
@@ -456,7 +456,7 @@ def test_statistics_of_another_width_are_warned_of(make_policy):
     assert "they vary beyond the 2 dimensions of two_joints" in message
 
 
-def test_without_normalization_there_is_nothing_to_compare_with(make_policy):
+def test_without_normalization_ranges_are_not_checked(make_policy):
     plain = NormStats(np.zeros(2), np.ones(2))
     policy = make_policy(
         norm_stats={"state": plain, "actions": plain},
@@ -468,7 +468,7 @@ def test_without_normalization_there_is_nothing_to_compare_with(make_policy):
     assert diagnosis.to_dict()["observation"]["state"][0]["low"] is None
 
 
-# What the robot sends
+# Observations
 
 
 def test_level_of_a_state_outside_follows_its_distance(demo):
@@ -493,7 +493,7 @@ def test_level_of_a_state_outside_follows_its_distance(demo):
     assert examined(0.3, 0.3, -0.5, -0.5).status == 0
 
 
-def test_without_quantiles_the_range_is_that_of_a_normal_distribution(damaged):
+def test_without_quantiles_a_normal_distribution_gives_the_range(damaged):
     damaged.transforms = dataclasses.replace(
         damaged.transforms,
         norm_stats={key: NormStats(entry.mean, entry.std) for key, entry in damaged.transforms.norm_stats.items()},
@@ -521,7 +521,7 @@ def test_a_prompt_that_is_too_long_is_a_problem(demo, make_policy):
     assert any("max_token_len 3 is too small" in message for message in findings(diagnosis, "problem", "observation"))
 
 
-def test_the_prompt_is_the_one_that_is_tokenized(make_policy):
+def test_reported_prompt_equals_the_tokenized_one(make_policy):
     for pi05, instruction, text in (
         (True, "pick_up the cube", "Task: pick up the cube, State: "),
         (False, "pick_up the cube", "pick up the cube\n"),
@@ -535,7 +535,7 @@ def test_the_prompt_is_the_one_that_is_tokenized(make_policy):
     assert diagnose(policy, observation, **QUICK).observation.prompt.text == "pick_up the cube\n"
 
 
-def test_a_missing_camera_is_named(demo, make_policy):
+def test_missing_camera_is_reported(demo, make_policy):
     observation = demo_observation()
     del observation["wrist"]
     diagnosis = diagnose(demo, observation, **QUICK)
@@ -551,7 +551,7 @@ def test_a_missing_camera_is_named(demo, make_policy):
     assert f"camera {WRIST}" not in moves(diagnosis)
 
 
-def test_a_masked_camera_is_no_finding(make_policy):
+def test_masked_camera_is_not_reported(make_policy):
     robot = dataclasses.replace(TWO_JOINTS, cameras=(*TWO_JOINTS.cameras, Camera("right_wrist_0_rgb", None, "masked")))
     policy = make_policy(embodiment=robot)
     diagnosis = diagnose(policy, request(policy), **QUICK)
@@ -607,7 +607,7 @@ def test_gaps_that_stop_a_control_loop_are_notes(make_policy, demo):
     assert findings(diagnose(demo), "note", "robot") == []
 
 
-def test_report_names_every_part(file, capsys, tmp_path, damaged):
+def test_printed_report_has_every_part(file, capsys, tmp_path, damaged):
     assert run_doctor("demo", observation=file, device="cpu") == 0
     out, err = capsys.readouterr()
     said = [

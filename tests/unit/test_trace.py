@@ -28,7 +28,7 @@ from torchpi.policy import load_policy
 STEPS = ["0", "1", "2", "3", "4", "5", "6", *(f"7-{i}" for i in range(1, 8)), "8", "9", "10", "11", "inference"]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
-# step, name, shape; written by hand from the papers' sizes.
+# Step, name and shape, derived by hand from the papers.
 BOTH = [
     *(("0", f"image/{camera}", (4, 224, 224, 3), "uint8") for camera in CAMERAS),
     *(("0", f"image_mask/{camera}", (4,), "bool") for camera in CAMERAS),
@@ -176,7 +176,7 @@ def test_counts(pi05, pi0):
     assert pi05.cache_bytes == 18 * 2 * 968 * 256 * 4
 
 
-def test_comparison_keeps_architecture_and_sizes_apart(pi05, pi0):
+def test_comparison_separates_architecture_and_sizes(pi05, pi0):
     facts = compare_facts(pi0, pi05)
     assert list(facts) == ["architecture", "sizes"]
     assert Pair("time injections, all", "1", "37") in facts["architecture"]
@@ -198,7 +198,7 @@ def test_comparison_keeps_architecture_and_sizes_apart(pi05, pi0):
 @pytest.mark.parametrize(
     ("pi05", "stated", "state"),
     [
-        (True, None, "text in the prompt"),  # an openpi checkpoint, which does not say it: the variant decides
+        (True, None, "text in the prompt"),  # an openpi checkpoint does not state it, so the variant decides
         (False, None, "token of the suffix"),
         (True, False, "not read"),
         (False, True, "text in the prompt and token of the suffix"),
@@ -228,7 +228,7 @@ def test_targets_are_compared_in_the_given_order(capsys):
 
 
 def test_formulas_of_a_full_trace(pi05, pi0):
-    """Every tensor that is computed has one; inputs have none."""
+    """Every computed tensor has a formula; inputs have none."""
     inputs = {"tokenized_prompt_mask", "suffix_mask", "suffix_ar_mask", "embedding_table", "state", "prefix_tokens"}
     for trace in (pi05, pi0):
         lacking = {e.name for e in trace.entries if not e.formula and not isinstance(e.value, int)}
@@ -238,7 +238,7 @@ def test_formulas_of_a_full_trace(pi05, pi0):
     assert [step.id for step in ALL_STEPS] == STEPS
 
 
-def test_every_formula_of_the_table_is_that_of_a_tensor(pi05, pi0, tiny):
+def test_every_formula_belongs_to_a_tensor(pi05, pi0, tiny):
     found = {entry.formula for trace in (pi05, pi0, tiny) for entry in trace.entries}
     stated = {
         formula
@@ -298,7 +298,7 @@ def test_golden_batch_and_checkpoint_without_sizes(golden):
     stats = {(entry.step, entry.name): entry.stats for entry in trace.entries}
     assert abs(stats["10", "v_t"].max - golden.outputs["v_t"].max().item()) <= 2e-5
     assert abs(stats["11", "loss"].mean - golden.outputs["loss"].mean().item()) <= 2e-5
-    assert not trace.mask.diagonal().all()  # its padding is in the mask that is drawn
+    assert not trace.mask.diagonal().all()  # the drawn mask includes the padding
     bare = trace_forward(find_inputs(str(golden.checkpoint), Shapes(batch=1)))
     assert any("default: action_horizon 50" in note for note in bare.inputs.notes)
     assert any("random numbers" in note for note in bare.inputs.notes)
@@ -364,7 +364,7 @@ def test_step_0_begins_at_the_robots_observation(tiny, policy):
     assert actions.shape == (16, policy.embodiment.action_size)
 
 
-def test_mask_labels_stand_over_their_tokens(tiny):
+def test_mask_labels_are_aligned_with_their_tokens(tiny):
     parts = {segment.label: segment.stop - segment.start for segment in tiny.segments}
     valid = tiny.mask.diagonal()
     assert parts["prompt"] + parts["padding"] == 64
@@ -414,7 +414,7 @@ class Tags(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.slow), "pi0", "pi05"])
-def test_page_is_well_formed_and_needs_nothing_else(name, request):
+def test_page_is_well_formed_and_self_contained(name, request):
     trace = request.getfixturevalue(name)
     page = render_page(trace, request.getfixturevalue("pi0"))
     tags = Tags()
@@ -428,7 +428,7 @@ def test_page_is_well_formed_and_needs_nothing_else(name, request):
     assert all(f'id="step-{step}"' in page for step in STEPS)
 
 
-def test_page_escapes_what_comes_from_files(policy):
+def test_page_escapes_text_from_files(policy):
     observation = demo_observation() | {"prompt": "<script>alert('π')</script>"}
     trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), observation, title="<b>"))
     page = render_page(trace)
@@ -437,7 +437,7 @@ def test_page_escapes_what_comes_from_files(policy):
     assert "<b></" not in page
 
 
-def test_gates_that_are_all_zero_are_drawn(policy):
+def test_all_zero_gates_are_drawn(policy):
     policy = copy.deepcopy(policy)
     for name, parameter in policy.model.named_parameters():
         if ".dense." in name:
@@ -461,7 +461,7 @@ def test_errors(targets, sizes, message):
         run_trace(targets, Shapes(**sizes), Source())
 
 
-def test_observation_for_a_bare_checkpoint_is_an_error(golden, tmp_path):
+def test_observation_for_a_checkpoint_without_robot_is_an_error(golden, tmp_path):
     def run(name):
         run_trace([str(golden.checkpoint)], Shapes(), Source(tmp_path / name))
 
@@ -492,7 +492,7 @@ def test_entries_are_json():
     }  # fmt: skip
 
 
-def test_options_of_a_policy_are_refused_for_a_preset(capsys):
+def test_policy_options_are_refused_for_a_preset(capsys):
     with pytest.raises(SystemExit):
         main(["trace", "tiny_pi0", "--embodiment", "aloha", "--default-prompt", "wave"])
     error = capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_policy_predicts_chunks_over_the_recorded_actions(golden_root, tmp_path)
     assert len(values(shown, "/action/delta_x")) == len(data)
 
 
-def test_servers_recording_is_shown_as_the_chunks_of_its_robot(tmp_path):
+def test_server_recording_is_shown_with_its_chunks(tmp_path):
     policy = FakePolicy()
     robot = tmp_path / "fake.json"
     robot.write_text(json.dumps(policy.embodiment.to_dict()))
@@ -117,7 +117,7 @@ def test_served_robots_are_shown_by_client(tmp_path):
         LiveView(str(target))
 
 
-def test_log_in_a_thread_drops_and_counts_what_it_has_no_room_for(tmp_path, monkeypatch, caplog):
+def test_full_log_queue_drops_and_counts_entries(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(rerun_log, "MAX_WAITING_MB", 1)
     begun, free, written = threading.Event(), threading.Event(), []
 
@@ -141,7 +141,7 @@ def test_log_in_a_thread_drops_and_counts_what_it_has_no_room_for(tmp_path, monk
     assert "disk full" in caplog.text
 
 
-def test_robots_without_metadata_are_logged_by_the_shapes_of_their_arrays(tmp_path, caplog):
+def test_robots_without_metadata_are_logged_by_array_shapes(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     with RerunLog(tmp_path / "log.rrd", wait=True) as log:
         robot = log.robot({})
@@ -152,20 +152,20 @@ def test_robots_without_metadata_are_logged_by_the_shapes_of_their_arrays(tmp_pa
     assert "has no control_hz: Rerun's log shows its actions one second apart" in caplog.text
 
 
-def test_images_are_logged_as_they_were_in_their_layout_and_unit(tmp_path):
+def test_images_of_any_layout_and_range_are_logged(tmp_path):
     cameras = [{"key": "front", "layout": "chw"}, {"key": "depth", "depth_unit": "mm"}]
     image, depth = np.zeros((3, 8, 12), np.float32), np.full((4, 4, 1), 1500, np.uint16)
     with RerunLog(tmp_path / "log.rrd") as log:
         robot = log.robot({**ROBOT, "observation": {"cameras": cameras, "state": []}})
         for i in range(2):
-            image[:] = i  # a robot's driver may use one buffer for all
+            image[:] = i  # a robot's driver may reuse one buffer
             robot.observe(i / 10, {"front": image, "depth": depth})
     shown = [np.asarray(Image.open(io.BytesIO(bytes(blob)))) for blob in values(tmp_path / "log.rrd", "/cameras/front")]
     assert [(each.shape, int(each.mean())) for each in shown] == [((8, 12, 3), 0), ((8, 12, 3), 255)]
     assert np.frombuffer(bytes(values(tmp_path / "log.rrd", "/cameras/depth")[0]), np.uint16).tolist() == [1500] * 16
 
 
-def test_chunks_that_overlap_are_lines_of_their_own(tmp_path):
+def test_overlapping_chunks_are_separate_lines(tmp_path):
     with RerunLog(tmp_path / "log.rrd", wait=True) as log:
         robot = log.robot(ROBOT)
         for i in range(6):
@@ -182,7 +182,7 @@ def test_chunks_that_overlap_are_lines_of_their_own(tmp_path):
         ("127.0.0.1:9", ConnectionError, "No Rerun viewer answers at 127.0.0.1:9"),
     ],
 )
-def test_target_that_cannot_be_written_is_an_error(target, error, message, tmp_path, monkeypatch):
+def test_unwritable_target_is_an_error(target, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         RerunLog(target)
@@ -236,7 +236,7 @@ def test_demo_writes_the_first_episode_of_its_video(tmp_path):
     assert len(values(tmp_path / "demo.rrd", "/action/delta_x")) > 20
 
 
-def test_demo_refuses_a_file_that_exists_before_it_begins(tmp_path, capsys):
+def test_demo_refuses_an_existing_file_before_it_starts(tmp_path, capsys):
     (tmp_path / "demo.rrd").write_bytes(b"mine")
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(tmp_path / "demo"), "--rerun", str(tmp_path / "demo.rrd")])
