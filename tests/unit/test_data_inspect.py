@@ -239,7 +239,7 @@ def test_page_has_pictures_and_all_sections(arm):
     page = render_dataset_page(dataclasses.replace(found, jumps=[Jump("action lift", 1, 25, 0.5, 9.0)]))
     assert '<td class="name">action lift</td>' in page
     assert page.count("data:image/png;base64,") == 2 * 3  # three episodes
-    assert all(text in page for text in (*JOINTS, "pick it", "so101", "Nothing was found"))
+    assert all(text in page for text in (*JOINTS, "pick it", "so101", "No problems were found"))
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
 

@@ -156,8 +156,8 @@ def check_page(run):
     for tag, attributes in page.tags:
         if tag in ("svg", "img"):
             described = attributes.get("aria-label") or attributes.get("alt")
-            assert "along: " in described.lower()
-            assert "up: " in described.lower()
+            assert "x: " in described
+            assert "y: " in described
     return page
 
 

@@ -134,7 +134,7 @@ def _policy(policy: Policy) -> dict[str, Any]:
     curve = ""
     if ends:
         drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), curves, loss), size=(6.2, 2.7))
-        text = f"{loss.title} of the training. Along: step. Up: {loss.unit}. Drawn: {ends} at the end."
+        text = f"{loss.title} during training. x: step. y: {loss.unit}. At the end: {ends}."
         curve = to_svg(drawing, text)
     facts = definitions(describe_policy(policy))
     return {"facts": facts, "title": escape(loss.title), "ends": escape(ends), "curve": curve}

@@ -138,7 +138,7 @@ def _panel_figure(run: Run, panel: Panel) -> str:
     ends = {label: value for key, label in panel.curves.items() if (value := run.end(key)) is not None}
     texts = {label: f"{value:.1%}" if panel.percent else f"{value:.4g}" for label, value in ends.items()}
     end = ", ".join(f"{label}: {text}" if len(panel.curves) > 1 else text for label, text in texts.items())
-    description = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {listed(texts)}."
+    description = f"x: step, to {run.step}. y: {panel.unit}. Curves: {listed(texts)}."
     return _figure(panel.title, f"{end} at the end", partial(draw_panel, curves=run.series, panel=panel), description)
 
 
@@ -165,11 +165,11 @@ def _robot_chunks(run: Run, suffix: str, of_robot: str) -> str:
             notes.append(f"{len(panel.curves)} of {num_moving}, the largest")
         if constant:
             notes.append(f"never moving: {', '.join(constant)}")
-        description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
+        description = f"x: training step. y: {CHUNK_UNIT}. One curve per dimension."
         draw = partial(draw_panel, curves=run.series, panel=panel)
         figures += _figure(panel.title, "; ".join(notes), draw, description)
     if evaluations := chunk_steps(run.lines, suffix):
-        description = f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation."
+        description = f"x: step of the chunk. y: {CHUNK_UNIT}. One curve per evaluation."
         draw = partial(draw_chunk_steps, evaluations=evaluations)
         figures += _figure(
             f"Error over the chunk{of_robot}", "later evaluations have stronger lines", draw, description
