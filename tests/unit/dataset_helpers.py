@@ -1,4 +1,4 @@
-"""Datasets whose frames carry their number in the pixels, so that a wrong frame is seen."""
+"""Datasets whose frames carry their number in the pixels, so that wrong frames are detected."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ NAMES = ["shoulder", "elbow", "gripper"]
 
 
 def numbered_set(path, lengths=(5, 3, 4), *, first=0, fps=10, tasks=None, video=True, names=NAMES, **arguments):
-    """Writes a set: frame t of episode e has the number 1000 * (first + e) + t, in its image, state and action."""
+    """Write a dataset; frame t of episode e has the number 1000 * (first + e) + t in its image, state and action."""
     arguments = {"robot_type": "my_arm", "state_names": names, "action_names": names, **arguments}
     with LeRobotWriter(path, fps=fps, cameras={"front": (64, 96, 3)}, video=video, **arguments) as writer:
         for e, length in enumerate(lengths):
@@ -26,7 +26,7 @@ def numbered_set(path, lengths=(5, 3, 4), *, first=0, fps=10, tasks=None, video=
 
 
 def encode_without_keyframes(path, fps=10):
-    """Encodes the videos of a set again, each as one piece with a single keyframe and frames out of order."""
+    """Re-encode the videos of a dataset, each with a single keyframe and B-frames."""
     dataset = LeRobotDataset(path, action_horizon=1)
     for file in path.glob("videos/*/*/*.mp4"):
         images = [dataset[i][FRONT] for i in range(len(dataset))]
@@ -34,7 +34,7 @@ def encode_without_keyframes(path, fps=10):
 
 
 def numbers_of(path):
-    """The numbers in images, states and actions, which must agree, per episode; also that the bookkeeping is right."""
+    """The numbers of the frames by episode. Requires that image, state, action and bookkeeping agree."""
     dataset = LeRobotDataset(path, action_horizon=1)
     found = {}
     for i in range(len(dataset)):
@@ -55,7 +55,7 @@ def change_info(path, **values):
 
 
 def change_rows(file, change):
-    """Rewrites a parquet file with the table that `change` makes of it."""
+    """Rewrite a Parquet file with the table that `change` returns."""
     pq.write_table(change(pq.read_table(file)), file)
 
 

@@ -145,10 +145,13 @@ def test_episode_without_its_own_keyframe_is_reencoded(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     encode_without_keyframes(source)
     result = merge_datasets([videos, source], tmp_path / "new")
-    assert (result.videos_copied, result.videos_encoded) == (3 + 1, 2)  # the first episode of a file has a keyframe
+    assert (result.videos_copied, result.videos_encoded) == (
+        3 + 1,
+        2,
+    )  # the first episode of a file starts with a keyframe
     episodes = [ramp(0, range(5)), ramp(1, range(3)), ramp(2, range(4))]
     assert numbers_of(tmp_path / "new") == episodes * 2
-    assert len(list((tmp_path / "new/videos").rglob("*.mp4"))) > 1  # different codecs are not in one file
+    assert len(list((tmp_path / "new/videos").rglob("*.mp4"))) > 1  # videos with different codecs are not merged
 
 
 def test_older_formats_become_v3(golden_root, tmp_path):

@@ -74,7 +74,7 @@ def test_inspection_describes_a_dataset(arm):
 def test_jumps_are_found_with_episode_and_frame(tmp_path):
     def change(e, state, action, images):
         if e == 1:
-            state[25, 0] = -60  # a single misreading
+            state[25, 0] = -60  # a single faulty reading
 
     found = inspect_dataset(arm_set(tmp_path / "set", change=change))
     assert {(jump.dimension, jump.episode, jump.frame) for jump in found.jumps} == {
@@ -195,7 +195,12 @@ def test_missing_video_is_reported_for_its_camera(tmp_path):
         (["a", "b"], [-100, -2], [100, 2], ["deg?", "deg?"]),
         (["a", "b"], [-150, -2], [150, 2], ["deg", "deg"]),
         (["a", "gripper"], [-150, 0], [150, 98], ["deg", "opening, 0 to 100"]),
-        (["a", "gripper"], [-150, 0], [150, 101.4], ["deg", "opening, 0 to 100"]),  # its motor goes a little beyond
+        (
+            ["a", "gripper"],
+            [-150, 0],
+            [150, 101.4],
+            ["deg", "opening, 0 to 100"],
+        ),  # the motor exceeds its range slightly
         (["a", "gripper"], [-2, 0], [2, 1], ["rad", "opening, 0 to 1?"]),
         (["a", "finger"], [-2, 0], [2, 0.04], ["rad", "m?"]),
         (["x", "ee_y", "qw"], [0, 0, -1], [0.5, 0.6, 1], ["m", "m", "quaternion"]),

@@ -37,7 +37,7 @@ JITTER = np.random.default_rng(0).uniform(-0.012, 0.012, 100)
         (lambda e, t: t + 1.0, "float32"),
         (lambda e, t: t + 3.3 * e, "float32"),  # one clock for the whole recording
         (lambda e, t: t - 0.5, "float32"),
-        (lambda e, t: t + 3600, "float32"),  # values are 0.24 ms apart there
+        (lambda e, t: t + 3600, "float32"),  # resolution 0.24 ms
         (lambda e, t: t + 1.7e9 + 60 * e, "float64"),  # Unix time
         (lambda e, t: t + JITTER[: len(t)], "float32"),
     ],
@@ -193,7 +193,10 @@ def test_rounded_starts_are_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ([*NUMBERS[:10], *NUMBERS[11:]], "has 59 frames .* its 3 episodes 60, 10 per second; "),  # one was not encoded
+        (
+            [*NUMBERS[:10], *NUMBERS[11:]],
+            "has 59 frames .* its 3 episodes 60, 10 per second; ",
+        ),  # one frame was not encoded
         (NUMBERS[:-1], "has 59 frames"),
         ([*NUMBERS, 9999], "has 61 frames"),
         (
@@ -205,7 +208,7 @@ def test_rounded_starts_are_accepted(tmp_path):
 def test_videos_with_missing_or_extra_frames_are_errors(numbers, message, tmp_path):
     root = write_set(tmp_path / "set", videos={FRONT: {"numbers": numbers}})
     refused(root, message)
-    refused(root, message, episodes=[0])  # whose frames can't be told
+    refused(root, message, episodes=[0])  # its frames can't be identified
 
 
 @pytest.mark.parametrize("numbers", [list(range(19)), [*range(20), 20], []])
@@ -237,7 +240,7 @@ def test_frames_of_an_episode_without_a_span_may_follow(tmp_path):
 
 
 def test_missing_frame_that_left_a_gap_does_not_affect_other_episodes(tmp_path):
-    gap = [i for i in range(60) if i != 25]  # of episode 1
+    gap = [i for i in range(60) if i != 25]  # a frame of episode 1
     video = {"numbers": [NUMBERS[i] for i in gap], "times": [i / 10 for i in gap]}
     root = write_set(tmp_path / "set", videos={FRONT: video})
     assert not wrong_frames(opened(root, episodes=[0, 2]))
@@ -246,7 +249,7 @@ def test_missing_frame_that_left_a_gap_does_not_affect_other_episodes(tmp_path):
 
 def test_each_camera_is_checked_against_its_own_spans(tmp_path):
     cameras = (FRONT, WRIST)
-    rows = shifted((0, 7, 7))  # of the front camera
+    rows = shifted((0, 7, 7))  # spans of the front camera
     numbers = [*NUMBERS[:20], *range(9000, 9007), *NUMBERS[20:]]
     good = write_set(tmp_path / "good", cameras=cameras, rows=rows, videos={FRONT: {"numbers": numbers}})
     assert not wrong_frames(opened(good))
@@ -263,7 +266,7 @@ def test_each_camera_is_checked_against_its_own_spans(tmp_path):
     [
         (29, 30, (60,), "v2.1"),
         (29.97, 30, (400,), "v2.1"),
-        (15, 30, (20, 20, 20, 20), "v3.0"),  # of which the last one is not asked for
+        (15, 30, (20, 20, 20, 20), "v3.0"),  # the last one is not selected
         (30, 15, (20, 20, 20, 20), "v3.0"),
         (30, 24, (40, 40), "v2.1"),
     ],

@@ -20,7 +20,7 @@ SAME_ORDER = [
     ([f"{name}.pos" for name in SO], SO),
     ([f"main_{name}" for name in SO], SO),
     ([name.replace("_", "-").upper() for name in SO], SO),
-    ([f"motor_{i}" for i in range(6)], SO),  # these say nothing
+    ([f"motor_{i}" for i in range(6)], SO),  # generic names
     ([str(i) for i in range(6)], SO),
     (list("abcdef"), SO),
     (
@@ -29,13 +29,13 @@ SAME_ORDER = [
     ),
     (["x", "y", "z", "gripper"], ["hand_x", "hand_y", "hand_z", "gripper"]),
     (["dx", "dy", "dz", "gripper"], ["delta_x", "delta_y", "delta_z", "gripper"]),
-    # DROID's, counted from 0, and joined of two columns
+    # DROID's names, counted from 0 and joined from two columns
     ([*(f"joint_{i}" for i in range(7)), "gripper"], [*(f"joint_{i}_velocity" for i in range(1, 8)), "gripper"]),
     (
         [*(f"joint_position_{i}" for i in range(7)), "gripper_position"],
         [*(f"joint_{i}" for i in range(1, 8)), "gripper"],
     ),
-    # LIBERO's, as different converters call it
+    # LIBERO's names from different converters
     (
         [*POSE[:3], "axis_angle1", "axis_angle2", "axis_angle3", "gripper", "gripper"],
         [*POSE, "finger_left", "finger_right"],
@@ -78,8 +78,8 @@ def test_same_names_in_another_order_are_reordered(found, expected):
     order = order_of(found, expected)
     assert sorted(order) == list(range(len(expected)))
     assert order != sorted(order)
-    for place, name in zip(order, expected, strict=True):  # an independent, simpler sameness
-        assert letters(name).startswith(letters(found[place]).removesuffix("pos").removesuffix("vel"))
+    for index, name in zip(order, expected, strict=True):  # an independent, simpler comparison
+        assert letters(name).startswith(letters(found[index]).removesuffix("pos").removesuffix("vel"))
 
 
 @pytest.mark.parametrize(("found", "expected", "message"), OTHER_JOINTS)
@@ -145,7 +145,7 @@ def test_reordered_dataset_has_the_same_statistics(tmp_path):
         LeRobotDataset(write_set(tmp_path / "set"), action_horizon=3), robot(), action_horizon=3
     )
     plain = LeRobotDataset(write_set(tmp_path / "other", state=JOINTS[::-1], action=JOINTS[::-1]), action_horizon=3)
-    assert plain.state_names == JOINTS[::-1]  # without a robot as it is stored
+    assert plain.state_names == JOINTS[::-1]  # without a robot, in the stored order
     with pytest.warns(UserWarning, match="put into that order"):
         found = compute_norm_stats(plain, robot(), action_horizon=3)
     for key, stats in expected.items():
@@ -157,7 +157,7 @@ def test_stats_command_warns_once_about_reordering(tmp_path, capsys):
     (tmp_path / "arm.json").write_text(json.dumps(robot().to_dict()))
     path = write_set(tmp_path / "set", state=JOINTS[::-1], action=JOINTS[::-1])
     with warnings.catch_warnings():
-        warnings.simplefilter("default")  # as outside of tests
+        warnings.simplefilter("default")  # as outside tests
         main(["stats", str(path), "--embodiment", str(tmp_path / "arm.json"), "--action-horizon", "3", "--json"])
     out, err = capsys.readouterr()
     assert json.loads(out)["state"]["mean"] == [25, 26, 27, 28]
@@ -202,7 +202,9 @@ def test_other_joints_are_an_error_with_both_lists(tmp_path):
 
 def test_delta_action_relative_to_another_joint_is_an_error(tmp_path):
     path = write_set(tmp_path / "set", action=("gripper", "pan", "lift", "elbow"))
-    unnamed = [f"motor_{i}" for i in range(4)]  # the robot's names say nothing, the dataset's contradict each other
+    unnamed = [
+        f"motor_{i}" for i in range(4)
+    ]  # generic names for the robot; those of the dataset contradict each other
     arm = robot(state=unnamed, actions=unnamed, delta=unnamed[:3])
     with pytest.raises(ValueError, match="actions gripper, pan, lift would be taken relative to the state's pan, lift"):
         LeRobotDataset(path, action_horizon=3, embodiment=arm)

@@ -129,7 +129,7 @@ def test_resampling_preserves_motion(fps, thirty):
         np.testing.assert_allclose(np.cumsum(new[:, 0]), moved[0], atol=1e-4)
         durations = np.diff(times, prepend=0)
         np.testing.assert_allclose(np.cumsum(new[:, 1] * durations), moved[1] / 30, atol=1e-4)
-        np.testing.assert_allclose(new[:, 2:], state[:, 2:] + 0.1, atol=1e-6)  # those of the frame that was taken
+        np.testing.assert_allclose(new[:, 2:], state[:, 2:] + 0.1, atol=1e-6)  # the values of the nearest frame
     assert rate_note(dataset.fps, dataset.recorded_fps, robot(fps, command, delta=())) == (
         f"read at {fps:g} instead of 30 frames per second: the frames that are nearest in time, with their states and "
         "actions; j1 averaged between them; j0 summed between them"

@@ -35,7 +35,7 @@ def dataset(original, tmp_path):
         ("data_path", "data/{chunk_index!r}/{file_index}.parquet"),
         ("data_path", "data/{chunk_index:{file_index}}.parquet"),
         ("data_path", "data/{chunk_index:>99999999}"),
-        ("data_path", "data/{episode_chunk:03d}/{episode_index:06d}.parquet"),  # of another version
+        ("data_path", "data/{episode_chunk:03d}/{episode_index:06d}.parquet"),  # of another format version
         ("data_path", "data/{chunk_index"),
         ("data_path", "data/{}"),
         ("video_path", "{video_key:099999}"),

@@ -29,7 +29,7 @@ def there_and_wait():
 def test_rest_is_idle_until_a_second_before_movement_continues():
     path = there_and_wait()
     idle = idle_frames(frames(path, path))
-    assert np.flatnonzero(idle).tolist() == list(range(29, 70 - ONE_SECOND + 2))  # 29 and 70 are ends of the rest
+    assert np.flatnonzero(idle).tolist() == list(range(29, 70 - ONE_SECOND + 2))  # the rest lasts from 29 to 70
 
 
 def test_a_short_rest_is_not_idle():
@@ -42,7 +42,7 @@ def test_a_constant_velocity_is_not_idle():
     """The action is the same in all frames, and the state moves."""
     state = np.linspace(0, 1, 100)
     assert not idle_frames(frames(state, np.full(100, 0.3))).any()
-    assert idle_frames(frames(np.zeros(100), np.full(100, 0.3))).all()  # against a wall
+    assert idle_frames(frames(np.zeros(100), np.full(100, 0.3))).all()  # blocked by a wall
 
 
 def test_an_action_that_changes_is_not_idle():

@@ -143,7 +143,7 @@ def test_only_selected_episodes_are_read(name, golden_sets):
 
 
 def test_selected_episodes_keep_the_order_of_the_dataset(golden_sets):
-    part = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, episodes=(2, 0))  # in the set's order
+    part = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, episodes=(2, 0))  # in the dataset's order
     assert part.columns["index"].tolist() == [*range(12), *range(21, 36)]
     assert part[12]["index"] == 21
 
@@ -166,7 +166,7 @@ def test_threads_read_the_same_images(name, golden_sets):
 @pytest.mark.parametrize("name", SETS)
 def test_pickled_dataset_reads_the_same_items(name, golden_sets):
     dataset = LeRobotDataset(golden_sets / name, action_horizon=2)
-    item = dataset[5]  # files are open now
+    item = dataset[5]  # opens the files
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(np.array_equal(copy[5][key], value) for key, value in item.items())
 
@@ -195,7 +195,7 @@ def test_frames_in_order_are_decoded_without_seeking(golden_sets, monkeypatch):
     monkeypatch.setattr(reader_class, "_seek", lambda self, seconds: (seeks.append(seconds), seek(self, seconds)))
     for i in range(len(dataset)):
         dataset[i]
-    assert len(seeks) <= 2 * 2  # per camera: The first frame, and once until the distance of keyframes is known
+    assert len(seeks) <= 2 * 2  # per camera: the first frame, and one until the keyframe distance is known
 
 
 def test_frames_between_distant_keyframes_are_found(tmp_path):
@@ -444,7 +444,7 @@ def test_files_of_an_address_are_downloaded_under_their_own_names(otherwise_name
         "torchpi.checkpoints.hub.fetch_dataset", lambda address, files: (fetched.append((address, files)), root)[1]
     )
     refused("hf://org/name", KeyError, "--rename state=observation.state actions=action")
-    assert fetched == [("hf://org/name", ["meta/"])]  # nothing that is large
+    assert fetched == [("hf://org/name", ["meta/"])]  # no large files
     LeRobotDataset("hf://org/name", action_horizon=1, cameras=[WRIST], rename=RENAME)[0]
     files = ["data/chunk-000/file-000.parquet", "videos/wrist_image/chunk-000/file-000.mp4"]
     assert fetched[-1] == ("hf://org/name", files)
@@ -550,7 +550,7 @@ def test_nan_and_infinity_are_errors(column, value, copy_of):
 
     def change(columns):
         rows = np.array(columns[column].to_pylist())
-        rows[[17, 20], 2] = value  # of episode 1, which begins at row 12
+        rows[[17, 20], 2] = value  # in episode 1, which starts at row 12
         return {**columns, column: pa.array(rows.tolist(), columns[column].type)}
 
     change_columns(root / "data/chunk-000/file-000.parquet", change)
@@ -808,7 +808,7 @@ def test_unknown_episodes_are_errors(episodes, message, golden_sets):
 
 @pytest.mark.parametrize("horizon", [0, 2.5, None])
 def test_invalid_action_horizon_is_an_error(horizon, golden_sets, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose types nothing else checks
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, without type checks
     refused(golden_sets / "lerobot_v3_image", ValueError, f"action_horizon is {horizon}", action_horizon=horizon)
 
 

@@ -78,7 +78,7 @@ def require_episodes(path, num_episodes, *, exact_images=True):
         if exact_images:
             assert np.array_equal(item[BASE], episode[BASE][t])
             assert np.array_equal(item[WRIST], episode[WRIST][t])
-        else:  # noise is not what a video is for
+        else:  # video encodes noise badly
             assert np.abs(item[BASE].astype(int) - episode[BASE][t]).mean() < 6
 
 
@@ -149,7 +149,7 @@ def test_files_are_like_lerobots(kind, tmp_path, golden_root):
         assert ours.equals(theirs), file
         for key, value in (theirs.metadata or {}).items():
             value, found = json.loads(value), json.loads(ours.metadata[key])
-            value.pop("fingerprint", None)  # of the writer's cache
+            value.pop("fingerprint", None)  # of the writer's own cache
             assert found.pop("creator", None) is None or value.pop("creator")  # has the version of pyarrow
             assert found == value, file
     columns = [pq.read_table(root / METADATA[0]).to_pylist() for root in (tmp_path, golden)]
@@ -364,7 +364,7 @@ def test_recover_after_a_kill_at_any_time(video, full, tmp_path, monkeypatch):
             num_saved.append(1)
     monkeypatch.undo()
     num_recovered = 0
-    for path, num_episodes in snapshots[1:]:  # at the first, there is not even the recording's description
+    for path, num_episodes in snapshots[1:]:  # before the first rename, recording.json does not exist
         if not (path / "meta/info.json").exists():
             with pytest.raises(ValueError, match=r"was killed.*LeRobotWriter\.recover"):
                 LeRobotDataset(path, action_horizon=1)
@@ -479,7 +479,7 @@ def test_invalid_frames_are_errors(key, value, error, message, tmp_path):
         bad = {**frame, key: value} if value is not None else {k: v for k, v in frame.items() if k != key}
         with pytest.raises(error, match=message):
             writer.add_frame(bad)
-        assert writer.num_frames_in_progress == 0  # a refused frame leaves nothing behind
+        assert writer.num_frames_in_progress == 0  # a refused frame is not added
     require_episodes(tmp_path, 1)
 
 

@@ -195,7 +195,7 @@ def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
     ("ends", "expected"),
     [
         (ENDS, None),
-        (ENDS + 0.1, None),  # a little another place of work
+        (ENDS + 0.1, None),  # a slightly different workspace
         (ENDS * 1000, "fill less than 2% of most ranges"),  # millimetres
         (ENDS + 1.2, r"6\d\.\d% of the (state|actions) are outside q01\.\.q99, where 2% are expected"),
         (ENDS + 1.6 * ELBOW, r"most of elbow_joint [78]\d% \(-0\.\d+ to 1\.\d+, statistics 1\.\d+ to 3\.\d+\)"),

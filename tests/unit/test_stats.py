@@ -116,7 +116,7 @@ def test_nan_is_an_error():
 
 def test_constant_dimensions_are_named_in_a_warning():
     def change(state, actions):
-        state[:, 3] = 0.3  # whose mean in float64 is not 0.3
+        state[:, 3] = 0.3  # the mean of float32 0.3 in float64 is not 0.3
         actions[:, 3] = 0.1
 
     dataset = some_set((40, 30), 4, 4, change=change)
@@ -139,7 +139,7 @@ def test_narrow_dimensions_are_named():
     rng = np.random.default_rng(0)
     assert hard(rng.normal(size=1000)) == []
     assert hard(np.repeat([0.0, 1.0], 500)) == []
-    assert hard(np.r_[np.zeros(950), np.ones(50)]) == []  # rarely, but often enough for q99
+    assert hard(np.r_[np.zeros(950), np.ones(50)]) == []  # rare, but often enough for q99
     assert "gripper never changes (it is 0.5)" in hard(np.full(1000, 0.5))[0]
     assert "never changes" in hard(np.float32(1) + rng.normal(size=1000) * 1e-8)[0]  # rounding
     (message,) = hard(np.r_[np.zeros(995), np.ones(5)])

@@ -70,8 +70,7 @@ def read_columns(
         columns, file_rows = _read_file(metadata, path, selected, required, extra, skipped)
         if frames and len(columns["index"]):
             _check_shapes(columns, frames[0], path, skipped if extra is None else None)
-        # The columns hold the selected episodes only, unless these are all episodes of the file.
-        rows = file_rows if selected.keys() >= file_rows.keys() else rows_of_episodes(columns["episode_index"], path)
+        rows = rows_of_episodes(columns["episode_index"], path)  # without those of other episodes
         for episode in selected.values():
             episode_rows = rows.get(episode.index, slice(0))
             frames.append({name: values[episode_rows] for name, values in columns.items()})
