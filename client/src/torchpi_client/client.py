@@ -274,10 +274,11 @@ class WebsocketPolicy:
         if isinstance(error, InvalidStatus):
             status, body = error.response.status_code, error.response.body
             reply = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
+            message = f"{self.url} refuses the connection, HTTP {status}"
+            if reply:
+                message += f": {reply}"
             advice = {401: "; pass its token as api_key", 404: "; the path after the port in the URL names the policy"}
-            return ConnectionError(
-                f"{self.url} refuses the connection, HTTP {status}{reply and f': {reply}'}{advice.get(status, '')}."
-            )
+            return ConnectionError(f"{message}{advice.get(status, '')}.")
         return ConnectionError(f"Cannot connect to {self.url} ({error}); expected a policy server there.")
 
 

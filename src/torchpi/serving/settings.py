@@ -24,19 +24,17 @@ class ServeSettings:
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
     protocol: Literal["openpi", "vla-eval"] = "openpi"
-    """openpi: openpi's protocol, for robots. vla-eval: the protocol of the vla-evaluation-harness, for its
-    benchmarks."""
+    """openpi: openpi's protocol, for robots. vla-eval: the vla-evaluation-harness' protocol, for its benchmarks."""
     rename: tuple[str, ...] = ()
     """With --protocol vla-eval: pairs BENCHMARK_KEY=POLICY_KEY, for example images.agentview=observation/image. By
     default LIBERO's, for policies of LIBERO's robot."""
     token: str | None = None
-    """Token that clients must send as "Authorization: Bearer TOKEN" or "Api-Key TOKEN". By default the environment
-    variable TORCHPI_TOKEN; if that is not set either, no token is needed."""
+    """Token that clients must send as "Authorization: Bearer TOKEN" or "Authorization: Api-Key TOKEN". By default the
+    environment variable TORCHPI_TOKEN, if it is set; without a token, any client may connect."""
     num_steps: int | None = None
     """Euler steps for requests that do not set their number. By default the policy's number, usually 10."""
     num_samples: int | None = None
-    """Number of action chunks sampled per request. The answer has all of them and their spread; images and prompt are
-    processed once."""
+    """Chunks to sample per request. The answer has all of them and their spread; the prefix is computed once."""
     pick: PickName | None = None
     """Choice of the sample returned as "actions": consensus (default), the one nearest to the others; first, as without
     --num-samples; velocity_residual, the one with the straightest path from noise to actions."""
