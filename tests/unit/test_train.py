@@ -425,6 +425,11 @@ def test_loss_of_several_flow_samples_is_the_mean_of_their_losses():
         ({"env": "metaworlds"}, "no environment 'metaworlds'"),
         ({"env": "so101"}, "do not fit"),
         ({"env": "metaworld", "env_tasks": "drawer-open, drawer-opens"}, "has no task 'drawer-opens'"),
+        ({"model": None}, r"Say which weights to start from \(--init.*or the sizes"),
+        ({"model": None, "init": "pi05_base"}, "the published one is gs://openpi-assets/checkpoints/pi05_base"),
+        ({"trackers": ("paper",)}, "There is no tracker paper"),
+        ({"batch_size": 5, "grad_accum_steps": 2}, "batch_size 5 can't be divided"),
+        ({"device": "cuda:7"}, "There is no device cuda:7"),
     ],
 )
 def test_wrong_recipe_raises_error_before_anything_is_written(change, message, recipe, tmp_path):

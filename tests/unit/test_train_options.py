@@ -700,22 +700,6 @@ def test_prompt_option_replaces_the_tasks_of_all_episodes(recipe, tmp_path):
     assert torchpi.load_policy(result.policy).default_prompt == "transfer the cube"
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model": None}, r"Say which weights to start from \(--init.*or the sizes"),
-        ({"model": None, "init": "pi05_base"}, "the published one is gs://openpi-assets/checkpoints/pi05_base"),
-        ({"trackers": ("paper",)}, "There is no tracker paper"),
-        ({"batch_size": 5, "grad_accum_steps": 2}, "batch_size 5 can't be divided"),
-        ({"device": "cuda:7"}, "There is no device cuda:7"),
-    ],
-)
-def test_mistakes_raise_error_before_the_run_folder_is_created(recipe, tmp_path, fields, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        loop.train(recipe.replace(**fields), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_rename_maps_columns_to_the_robots_names(recipe, tmp_path):
     """For example in openpi's own datasets."""
     path = tmp_path / "set"
