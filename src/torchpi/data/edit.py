@@ -16,7 +16,7 @@ from torchpi.data.names import dimension_names
 from torchpi.data.observations import robot_order
 from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
-from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
+from torchpi.data.rewrite import Edited, Progress, SourceEpisode, no_progress, source_episodes, write_episodes
 from torchpi.errors import DatasetError, UnknownKeyError, first_of
 from torchpi.robots import Embodiment
 
@@ -39,8 +39,10 @@ def merge_datasets(
         raise DatasetError(f"{', '.join(twice)} would be merged with itself; give each dataset once.")
     for other in others:
         _check_mergeable(first, other, robot_type)
-    pieces = [piece for path, source in zip(paths, sources, strict=True) for piece in pieces_of(path, source)]
-    return _write(out, {"": pieces}, robot_type=robot_type, progress=progress)[0]
+    episodes: list[SourceEpisode] = []
+    for path, source in zip(paths, sources, strict=True):
+        episodes += source_episodes(path, source)
+    return _write(out, {"": episodes}, robot_type=robot_type, progress=progress)[0]
 
 
 def split_dataset(
@@ -54,8 +56,8 @@ def split_dataset(
     """
     source = open_metadata(path)
     indices_of = _select_parts(path, [episode.index for episode in source.episodes], parts)
-    pieces = {name: pieces_of(path, source, indices) for name, indices in indices_of.items()}
-    return _write(out, pieces, progress=progress)
+    episodes = {name: source_episodes(path, source, indices) for name, indices in indices_of.items()}
+    return _write(out, episodes, progress=progress)
 
 
 def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: Progress = no_progress) -> Edited:
@@ -64,7 +66,7 @@ def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: P
     kept = {episode.index for episode in source.episodes} - set(deleted)
     if not kept:
         raise DatasetError(f"{expression!r} selects all {len(deleted)} episodes of {path}; at least one must remain.")
-    return _write(out, {"": pieces_of(path, source, kept)}, progress=progress)[0]
+    return _write(out, {"": source_episodes(path, source, kept)}, progress=progress)[0]
 
 
 def resample_dataset(
@@ -100,7 +102,7 @@ def resample_dataset(
             "rate: frames that were not recorded can't be created."
         )
     resampling = Resampling(source.info.fps, fps, commands)
-    return _write(out, {"": pieces_of(path, source)}, resampling=resampling, progress=progress)[0]
+    return _write(out, {"": source_episodes(path, source)}, resampling=resampling, progress=progress)[0]
 
 
 def _commands_of(robot: Embodiment, names: Sequence[str] | None, path: Path) -> list[str]:
@@ -164,12 +166,12 @@ def _merge_properties(metadata: Metadata) -> dict[str, Any]:
     return properties
 
 
-def _write(out: Path, parts: Mapping[str, Sequence[Piece]], **options: Any) -> list[Edited]:
+def _write(out: Path, parts: Mapping[str, Sequence[SourceEpisode]], **options: Any) -> list[Edited]:
     """Write new datasets to the folders `out`/NAME. `out` is created completely or not at all."""
     if out.exists():
         raise DatasetError(f"{out} exists already; choose a path that does not exist for the new dataset.")
     results = [Edited(str(out / name)) for name in parts]
     with atomic_folder(out) as folder:
-        for (name, pieces), result in zip(parts.items(), results, strict=True):
-            write_pieces(folder / name, pieces, result, **options)
+        for (name, episodes), result in zip(parts.items(), results, strict=True):
+            write_episodes(folder / name, episodes, result, **options)
     return results

@@ -88,7 +88,7 @@ def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
     return order
 
 
-def tell_order(found: Sequence[str] | None, expected: Sequence[str]) -> bool:
+def names_determine_order(found: Sequence[str] | None, expected: Sequence[str]) -> bool:
     """True if names determine the order; False for names such as "motor_0", which fit in any order, and for None."""
     orders = (expected, expected[::-1], [*expected[1:], *expected[:1]])
     try:

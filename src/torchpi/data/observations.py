@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import format as lerobot
-from torchpi.data.names import order_of, tell_order
+from torchpi.data.names import names_determine_order, order_of
 from torchpi.errors import DatasetError, UnknownKeyError, counted, listed
 from torchpi.robots import Camera, Embodiment
 from torchpi.robots.keys import nest
@@ -106,7 +106,7 @@ def in_robot_order(
                 stacklevel=1,
             )
     for key, other in ((lerobot.STATE, lerobot.ACTION), (lerobot.ACTION, lerobot.STATE)):
-        if s == a and key in reordered and not tell_order(names[other], robot_names[other]):
+        if s == a and key in reordered and not names_determine_order(names[other], robot_names[other]):
             raise DatasetError(
                 f"{where}: {key} has {', '.join(names[key] or ())}, another order than embodiment '{embodiment.name}', "
                 f"and the names of {other} ({', '.join(names[other] or ['none'])}) don't tell whether it has that "

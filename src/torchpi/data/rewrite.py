@@ -60,7 +60,7 @@ class Edited:
     """Parts of the sources that the new dataset lacks."""
 
 
-class Piece(NamedTuple):
+class SourceEpisode(NamedTuple):
     """An episode of a source dataset."""
 
     source: Metadata
@@ -69,7 +69,7 @@ class Piece(NamedTuple):
     """Its row in the list of episodes, including statistics."""
 
 
-def pieces_of(path: str | Path, source: Metadata, indices: Collection[int] | None = None) -> list[Piece]:
+def source_episodes(path: str | Path, source: Metadata, indices: Collection[int] | None = None) -> list[SourceEpisode]:
     """Episodes of a dataset, by default all. For an address on the Hub, their files are downloaded."""
     selected = [episode for episode in source.episodes if indices is None or episode.index in indices]
     episodes = drop_empty(selected, source.root)
@@ -82,12 +82,12 @@ def pieces_of(path: str | Path, source: Metadata, indices: Collection[int] | Non
     if stats_file.is_file():
         for row in read_json_lines(stats_file):
             rows.setdefault(row["episode_index"], {}).update(flatten(row, "/"))
-    return [Piece(source, episode, rows[episode.index]) for episode in episodes]
+    return [SourceEpisode(source, episode, rows[episode.index]) for episode in episodes]
 
 
-def write_pieces(
+def write_episodes(
     folder: Path,
-    pieces: Sequence[Piece],
+    items: Sequence[SourceEpisode],
     result: Edited,
     *,
     robot_type: str | None = None,
@@ -95,7 +95,7 @@ def write_pieces(
     progress: Progress,
 ) -> None:
     """Write episodes of mergeable datasets to a new or empty folder. Counts and notes are added to `result`."""
-    source_info = pieces[0].source.info
+    source_info = items[0].source.info
     info = new_info(
         fps=source_info.fps if resampling is None else resampling.fps,
         features=source_info.features,
@@ -105,23 +105,23 @@ def write_pieces(
     )
     recording = Recording.create(folder, info)
     try:
-        for done, (piece, table) in enumerate(_tables(pieces, info, result), start=1):
-            _write_episode(recording, piece, table, result, resampling)
-            progress(done, len(pieces))
+        for done, (item, table) in enumerate(_tables(items, info, result), start=1):
+            _write_episode(recording, item, table, result, resampling)
+            progress(done, len(items))
         recording.finish(recoverable=False)
     except BaseException:
         recording.abandon()
         raise
-    result.episodes, result.frames = len(pieces), recording.num_frames
-    _copy_other_files(folder, list(dict.fromkeys(piece.source.root for piece in pieces)), result)
+    result.episodes, result.frames = len(items), recording.num_frames
+    _copy_other_files(folder, list(dict.fromkeys(item.source.root for item in items)), result)
 
 
-def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tuple[Piece, Any]]:
+def _tables(items: Sequence[SourceEpisode], info: Info, result: Edited) -> Iterator[tuple[SourceEpisode, Any]]:
     """Each episode with the table of its rows. All tables have the same schema."""
     pa = require("pyarrow", "data")
     names, schema = [name for name in info.features if name not in info.videos], None
     image_columns = set(info.cameras) - set(info.videos)
-    by_file = itertools.groupby(pieces, lambda piece: (piece.source.root, piece.episode.data_file))
+    by_file = itertools.groupby(items, lambda item: (item.source.root, item.episode.data_file))
     for (root, path), group in by_file:
         with open_parquet(path) as file:
             table = file.read()
@@ -131,24 +131,24 @@ def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tup
         if unknown := sorted(set(table.column_names) - set(names)):
             result.notes += (f"{', '.join(unknown)} of {path}: no feature in {lerobot.INFO}",)
         table, images = table.select([name for name in names if name in table.column_names]), ParquetImages(root, 0)
-        for piece in group:
-            span = rows.get(piece.episode.index, slice(0, 0))
-            if span.stop - span.start != piece.episode.length:
+        for item in group:
+            span = rows.get(item.episode.index, slice(0, 0))
+            if span.stop - span.start != item.episode.length:
                 raise DatasetError(
-                    f"{path}: episode {piece.episode.index} has {counted(span.stop - span.start, 'frame')}; expected "
-                    f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
+                    f"{path}: episode {item.episode.index} has {counted(span.stop - span.start, 'frame')}; expected "
+                    f"{item.episode.length}, as its metadata say. Delete it: torchpi data delete."
                 )
-            episode = table[span]
+            episode_table = table[span]
             for camera in image_columns:
-                episode = _with_images(episode, camera, images, path, span.start)
-            schema = schema or episode.schema
+                episode_table = _with_images(episode_table, camera, images, path, span.start)
+            schema = schema or episode_table.schema
             try:
-                episode = episode.select(schema.names).cast(schema)
+                episode_table = episode_table.select(schema.names).cast(schema)
             except (KeyError, ValueError, pa.ArrowException) as error:
                 raise DatasetError(
                     f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
                 ) from error
-            yield piece, episode
+            yield item, episode_table
 
 
 def _with_images(table: Any, camera: str, images: ParquetImages, path: Path, first_row: int) -> Any:
@@ -163,9 +163,9 @@ def _with_images(table: Any, camera: str, images: ParquetImages, path: Path, fir
 
 
 def _write_episode(
-    recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None
+    recording: Recording, item: SourceEpisode, table: Any, result: Edited, resampling: Resampling | None
 ) -> None:
-    texts = _instructions(piece, table)
+    texts = _instructions(item, table)
     timestamps = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
     timestamps -= timestamps[0]
     frames = None
@@ -177,25 +177,25 @@ def _write_episode(
         table = _with_column(table.take(frames), lerobot.ACTION, resampled.tolist(), kind)
     for name, values in recording.bookkeeping(texts, timestamps).items():
         table = _with_column(table, name, values)
-    tasks = tuple(dict.fromkeys([*texts, *piece.episode.tasks]))
+    tasks = tuple(dict.fromkeys([*texts, *item.episode.tasks]))
     stats = {
-        key: {name.rpartition("/")[2]: value for name, value in piece.row.items() if name.startswith(f"stats/{key}/")}
+        key: {name.rpartition("/")[2]: value for name, value in item.row.items() if name.startswith(f"stats/{key}/")}
         for key in recording.info.cameras
     }
-    columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
+    columns = {name: value for name, value in item.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
     codecs: dict[str, str] = {}
     with recording.saving(SavedEpisode(len(texts), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
         write_parquet(files["data"], [table])
         for camera in recording.info.videos:
-            _write_video(files[camera], recording, piece, camera, frames, result)
+            _write_video(files[camera], recording, item, camera, frames, result)
             codecs[camera] = codec_of(files[camera])
 
 
-def _instructions(piece: Piece, table: Any) -> list[str]:
-    indices, source = to_numpy(table.column("task_index")).ravel().tolist(), piece.source
+def _instructions(item: SourceEpisode, table: Any) -> list[str]:
+    indices, source = to_numpy(table.column("task_index")).ravel().tolist(), item.source
     if missing := [index for index in indices if not isinstance(source.tasks.get(index), str)]:
         raise DatasetError(
-            f"Episode {piece.episode.index} of {source.root} has the task_index {missing[0]}, for which "
+            f"Episode {item.episode.index} of {source.root} has the task_index {missing[0]}, for which "
             f"{source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
         )
     return [source.tasks[index] for index in indices]
@@ -207,10 +207,10 @@ def _with_column(table: Any, name: str, values: Any, kind: Any = None) -> Any:
 
 
 def _write_video(
-    path: Path, recording: Recording, piece: Piece, camera: str, frames: np.ndarray | None, result: Edited
+    path: Path, recording: Recording, item: SourceEpisode, camera: str, frames: np.ndarray | None, result: Edited
 ) -> None:
     """Copy an episode's video, or re-encode it. If `frames` are given, only these are kept, at the new rate."""
-    (source, episode, _), feature = piece, recording.info.features[camera]
+    (source, episode, _), feature = item, recording.info.features[camera]
     span, fps = episode.video(camera), source.info.fps
     if frames is None and cut_video(path, span.path, span.from_timestamp, num_frames=episode.length, fps=fps):
         result.videos_copied += 1

@@ -59,33 +59,36 @@ class VideoSpans:
         if path in self._checked:
             return
         key, episodes = self._files[path]
-        found, fps = times(), self._fps
-        if len(episodes) == 1 and len(found) == episodes[0].length:  # fast path for v2.1, one episode per file
-            distance = np.array([found[0], found[-1] - (len(found) - 1) / fps]) - episodes[0].videos[key].from_timestamp
+        frame_times, fps = times(), self._fps
+        if len(episodes) == 1 and len(frame_times) == episodes[0].length:  # fast path for v2.1, one episode per file
+            distance = (
+                np.array([frame_times[0], frame_times[-1] - (len(frame_times) - 1) / fps])
+                - episodes[0].videos[key].from_timestamp
+            )
             if np.abs(distance).max() <= self._max_distance and self.counted_fps is not None:
                 self._checked.add(path)
                 return
         starts = np.array([episode.videos[key].from_timestamp for episode in episodes], np.float64)
         lengths = np.array([episode.length for episode in episodes])
         ends = starts + (lengths - 1) / fps
-        first, last = _nearest(found, starts), _nearest(found, ends)
+        first, last = _nearest(frame_times, starts), _nearest(frame_times, ends)
         counts = last - first + 1
-        distance = np.maximum(np.abs(found[first] - starts), np.abs(found[last] - ends))
+        distance = np.maximum(np.abs(frame_times[first] - starts), np.abs(frame_times[last] - ends))
         # Frame numbers by time: if a frame is missing, the others keep their numbers.
-        numbers, total = np.rint((starts - found[0]) * fps), round((found[-1] - found[0]) * fps) + 1
+        numbers, total = np.rint((starts - frame_times[0]) * fps), round((frame_times[-1] - frame_times[0]) * fps) + 1
         contiguous = np.cumsum(lengths) - lengths  # numbers of the first frames without gaps
         has_gaps = total > lengths.sum() and numbers[-1] + lengths[-1] == total
         has_all = total == lengths.sum() or (total > lengths.sum() and key in self._unencoded)
         if self.counted_fps is None:
             for i in np.flatnonzero(counts == lengths).tolist():
-                off = found[first[i] : last[i] + 1] - starts[i] - np.arange(lengths[i]) / fps
+                off = frame_times[first[i] : last[i] + 1] - starts[i] - np.arange(lengths[i]) / fps
                 distance[i] = np.abs(off).max()
         fits = (distance <= self._max_distance) & (counts == lengths)
         fits &= (numbers == contiguous) & has_all | has_gaps
         for i in np.flatnonzero(~fits).tolist():
             if episodes[i].index in self._selected:
                 expected = int(contiguous[i]) if total == lengths.sum() else None
-                raise DatasetError(self._mismatch(path, found, i, int(counts[i]), expected, float(distance[i])))
+                raise DatasetError(self._mismatch(path, frame_times, i, int(counts[i]), expected, float(distance[i])))
         self._checked.add(path)
 
     def _check_overlaps(self, path: Path, key: str, episodes: Sequence[Episode]) -> None:
