@@ -1,4 +1,4 @@
-"""`torchpi convert`: a checkpoint of any format into any other."""
+"""Conversion of checkpoints between formats (`torchpi convert`)."""
 
 import dataclasses
 import datetime
@@ -43,7 +43,6 @@ from torchpi.transforms.prompt import load_tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-_ROUGH = ", and where images have to be resized or the prompt has white space around it, _ or newlines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +57,24 @@ class Conversion:
     """Dtypes of the written arrays."""
     num_parameters: int
     mapped: int
-    """Arrays of the source that went into the target."""
+    """Number of the source's arrays that are in the target."""
     folded: Mapping[str, tuple[str, str]]
-    """By the array that they change, the LoRA arrays that were folded into it."""
+    """LoRA arrays that were merged, by the array that they update."""
     tied: str
-    """The array that was read as the embedding, where it has another name."""
+    """The array that was read as the embedding, if it has another name."""
     dropped: Mapping[str, str]
-    """Arrays of the source that no computation reads, and why."""
+    """Arrays of the source that no computation reads, each with the reason."""
     adapted: list[str]
     """Arrays and settings that were cut or extended."""
     notes: list[str]
-    """Facts that the target can't say, or says otherwise."""
+    """Settings that the target can't store, or handles differently."""
     files: list[str]
     array_difference: float | None = None
-    """The largest difference between an array that was meant and the one read back; None: not checked."""
+    """Largest difference between an array and the one read back; None: not checked."""
     action_difference: float | None = None
-    """The same of actions that are sampled by the source's and the target's own rules, in the robot's units."""
+    """The same for sampled actions, each side with its own preprocessing, in the robot's units."""
     input_difference: float | None = None
-    """The same where images have to be resized and the prompt to be cleaned; None: both do it alike."""
+    """The same for images to be resized and a prompt to be cleaned; None: both sides preprocess them alike."""
 
     def __str__(self) -> str:
         lines = [
@@ -92,11 +91,14 @@ class Conversion:
         lines += [f"note: {line}" for line in self.notes]
         lines.append(f"files: {', '.join(self.files)}")
         if self.array_difference is not None:
-            lines.append(
-                f"read back: arrays differ by at most {self.array_difference:g}, sampled actions by "
-                f"{self.action_difference:g}"
-                + ("" if self.input_difference is None else f"{_ROUGH} by {self.input_difference:g}")
-            )
+            line = f"read back: arrays differ by at most {self.array_difference:g}, sampled actions by "
+            line += f"{self.action_difference:g}"
+            if self.input_difference is not None:
+                line += (
+                    ", and if images must be resized, or the prompt has white space around it, _ or newlines, by "
+                    f"{self.input_difference:g}"
+                )
+            lines.append(line)
         return "\n".join(lines)
 
 
@@ -117,22 +119,23 @@ def convert(
     verify: bool = True,
     **policy: Any,
 ) -> Conversion:
-    """Write a checkpoint in another format; the target appears complete or not at all.
+    """Write a checkpoint in another format, atomically.
 
     Args:
         source, config, lora_alpha, embedding, verify: see `load_model`.
-        target: a new folder; with `overwrite` also the place of another checkpoint.
-        dtype: of the arrays; by default each keeps its own, and is float32 where LoRA weights change it.
-        sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
-        asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
-        max_shard_bytes: above it a policy folder's weights are written in shards; other systems' loaders read one file.
+        target: a new folder.
+        dtype: dtype of all arrays; by default each keeps its own, or is float32 if LoRA is merged into it.
+        sizes: new values of action_dim, action_horizon or max_token_len: weights are cut, or extended by zeros.
+        asset_id: which of the source's statistics to use; in an openpi target also the folder to write them to.
+        max_shard_bytes: size above which a policy folder's weights are split; other formats always have one file.
+        overwrite: replace a checkpoint at `target`.
         check: read the target back, and compare its arrays and sampled actions with the source's.
-        policy: more arguments of `load_policy` (embodiment, norm_stats, …), for what the source does not say.
+        policy: more arguments of `load_policy` (embodiment, norm_stats, …), for what the source does not state.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: see `load_policy`; the target is there, or can't say what it needs to.
+        FileNotFoundError, KeyError, ValueError: see `load_policy`; the target exists, or can't store a setting.
     """
-    path = _checked_target(target, to, overwrite=overwrite)
+    path = _check_target(target, to, overwrite=overwrite)
     checkpoint = open_checkpoint(source, config=config, embedding=embedding)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
@@ -141,41 +144,18 @@ def convert(
     model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None, verify=verify)
     adapted = adapt(model, sizes or {})
     notes = [f"{len(rounding)} weights are rounded, by at most {max(rounding.values()):g}"] if rounding else []
-    with atomic_folder(path) as beside:
+    with atomic_folder(path) as root:
         if to in ("torchpi", "lerobot"):
             assert spec is not None
-            notes += _write_policy(beside, policy_of(model, spec), to, max_shard_bytes)
+            notes += _write_policy(root, policy_of(model, spec), to, max_shard_bytes)
         else:
-            notes += _write_openpi(beside, model, to)
-            notes += _write_assets(beside, checkpoint, model.config, spec, asset_id)
-        files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
-        differences = _check(beside, model, spec) if check else {}
-    return _report(
-        checkpoint,
-        model,
-        target=str(path),
-        target_format=to,
-        adapted=adapted,
-        notes=notes,
-        files=[name for name in files if not name.startswith(("params/d/", "params/ocdbt."))],
-        **differences,
-    )
-
-
-def _spec(checkpoint: Checkpoint, to: Format, asset_id: str | None, policy: Mapping[str, Any]) -> PolicySpec | None:
-    """Everything around the model; None: the statistics of an openpi checkpoint stay as they are, or there are none."""
-    spec = checkpoint.spec()
-    if to in ("torchpi", "lerobot"):
-        spec = spec.requested(asset_id=asset_id, **policy).with_tokenizer(checkpoint.config.vocab_size)
-        return dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
-    if unknown := sorted(set(policy) - {"norm_stats", "normalization", "embodiment", "preprocessing"}):
-        raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
-    if spec.norm_stats is None and not policy:
-        return None
-    chosen = asset_id if asset_id in spec.assets and "norm_stats" not in policy else None
-    spec = spec.requested(asset_id=chosen, **policy)
-    rules = spec.normalization or openpi_rules(checkpoint.config.pi05)
-    return dataclasses.replace(spec, normalization=rules)
+            notes += _write_openpi(root, model, to)
+            notes += _write_assets(root, checkpoint, model.config, spec, asset_id)
+        files = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
+        differences = _check(root, model, spec) if check else {}
+    files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
+    report = {"target": str(path), "target_format": to, "adapted": adapted, "notes": notes, "files": files}
+    return _report(checkpoint, model, **report, **differences)
 
 
 def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
@@ -192,8 +172,24 @@ def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
     )
 
 
-def _checked_target(target: str | pathlib.Path, to: str, *, overwrite: bool) -> pathlib.Path:
-    """The path, where nothing is, or a checkpoint to be replaced."""
+def _spec(checkpoint: Checkpoint, to: Format, asset_id: str | None, policy: Mapping[str, Any]) -> PolicySpec | None:
+    """Everything except the weights; None for an openpi target whose statistics, if any, are copied unchanged."""
+    spec = checkpoint.spec()
+    if to in ("torchpi", "lerobot"):
+        spec = spec.requested(asset_id=asset_id, **policy).with_tokenizer(checkpoint.config.vocab_size)
+        return dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
+    if unknown := sorted(set(policy) - {"norm_stats", "normalization", "embodiment", "preprocessing"}):
+        raise CheckpointError(f"A checkpoint of openpi can't store {', '.join(unknown)}; leave it out.")
+    if spec.norm_stats is None and not policy:
+        return None
+    chosen = asset_id if asset_id in spec.assets and "norm_stats" not in policy else None
+    spec = spec.requested(asset_id=chosen, **policy)
+    rules = spec.normalization or openpi_rules(checkpoint.config.pi05)
+    return dataclasses.replace(spec, normalization=rules)
+
+
+def _check_target(target: str | pathlib.Path, to: str, *, overwrite: bool) -> pathlib.Path:
+    """Path of the target; raise an error if something other than a checkpoint to replace exists there."""
     path = pathlib.Path(target).expanduser()
     if to not in get_args(Format):
         raise CheckpointError(f"Unknown format {to!r}; formats are {', '.join(get_args(Format))}.")
@@ -205,12 +201,12 @@ def _checked_target(target: str | pathlib.Path, to: str, *, overwrite: bool) -> 
                 raise CheckpointError("It is a file.")
             format_of(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
+        raise CheckpointError(f"{path} is not a checkpoint, and is not overwritten: {error}") from error
     return path
 
 
 def _provenance(checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance of a policy, with the SHA-256 of all files of weights, by their names and contents."""
+    """Add the source of the conversion, with the SHA-256 of the names and contents of its weights files."""
     source, digest = checkpoint.arrays.source, hashlib.sha256()
     root, pattern = (source, "**/*") if source.is_dir() else (checkpoint.root, "*.safetensors")
     if source.suffix == ".npz":
@@ -236,11 +232,11 @@ def _write_policy(root: pathlib.Path, policy: Policy, to: Format, max_shard_byte
         return []
     if untrained := policy.transforms.untrained_actions:
         raise CheckpointError(
-            f"Nothing has trained the policy's {first_of(untrained)}, and LeRobot would send the robot the model's "
-            "noise: train it first (torchpi train --init), and convert the result."
+            f"The policy's {first_of(untrained)} are not trained, and LeRobot would send the model's noise to the "
+            "robot: train it first (torchpi train --init), and convert the result."
         )
-    stated = _write_torch(root, policy.model, prefix=LEROBOT_PREFIX, embeddings=(TIED_EMBEDDING, EMBEDDING))
-    notes = lerobot.write_spec(root, policy.model.config, policy.spec, stated)
+    dtype = _write_torch(root, policy.model, prefix=LEROBOT_PREFIX, embeddings=(TIED_EMBEDDING, EMBEDDING))
+    notes = lerobot.write_spec(root, policy.model.config, policy.spec, dtype)
     (root / lerobot.TOKENIZER).mkdir()
     policy.write_tokenizer(root / lerobot.TOKENIZER)
     lerobot.write_tokenizer_config(root / lerobot.TOKENIZER, policy.transforms.tokenizer.special_tokens)
@@ -250,36 +246,39 @@ def _write_policy(root: pathlib.Path, policy: Policy, to: Format, max_shard_byte
 
 
 def _write_openpi(root: pathlib.Path, model: Pi0, to: Format) -> list[str]:
-    config, unsaid = model.config, ["max_token_len", "discrete_state_input"]
+    config, not_stored = model.config, ["max_token_len", "discrete_state_input"]
     if to == "openpi-jax":
         table = jax_table(config)
         shapes = {name: array.shape for name, array in table.items()}
         (root / "params").mkdir()
         openpi.write_params(root / "params", shapes, lambda name: stored_array(model, table[name]))
-        unsaid.insert(0, "action_horizon")
+        not_stored.insert(0, "action_horizon")
     else:
-        # Under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays.
-        stated = _write_torch(root, model, prefix="", embeddings=(TIED_EMBEDDING,))
+        # Under the text head's name: of two tied arrays, `safetensors.torch.save_model` keeps this one.
+        dtype = _write_torch(root, model, prefix="", embeddings=(TIED_EMBEDDING,))
         document = {
             "action_dim": config.action_dim,
             "action_horizon": config.require("action_horizon"),
             "paligemma_variant": "gemma_2b",
             "action_expert_variant": "gemma_300m",
-            "precision": stated,
+            "precision": dtype,
         }
         write_json(root / "config.json", document)
-    values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
+    values = {field: getattr(config, field) for field in not_stored if getattr(config, field) is not None}
     notes = [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
     notes += untrained_note(model.trained_action_dim, config.action_dim)
     return [*notes, "the tokenizer is not written: openpi has the published models'"]
 
 
 def _write_torch(root: pathlib.Path, model: Pi0, *, prefix: str, embeddings: tuple[str, ...]) -> str:
-    """Write the arrays of openpi's PyTorch port, with those that a strict loader misses otherwise, in one file: neither
-    openpi nor LeRobot reads shards (LeRobot 0.6 then uses random weights). Returns the dtype for config.json."""
+    """Write the arrays of openpi's PyTorch port, and return the dtype for config.json.
+
+    Arrays that are not used, but that strict loaders require, are included. The result is a single file, since neither
+    openpi nor LeRobot reads shards (LeRobot 0.6 silently uses random weights).
+    """
     table = torch_table(model.config)
     table |= dict.fromkeys(embeddings, table.pop(EMBEDDING))
-    head = (model.config.vocab_size, model.config.action_expert.width)  # nobody reads the expert's
+    head = (model.config.vocab_size, model.config.action_expert.width)  # of the expert, which is not used
     dtypes = {f"{prefix}{name}": array_dtype(model, array) for name, array in table.items()}
     dtypes[f"{prefix}{EXPERT_LM_HEAD}"] = model.embedding.dtype
     shapes = {f"{prefix}{name}": array.shape for name, array in table.items()} | {f"{prefix}{EXPERT_LM_HEAD}": head}
@@ -296,18 +295,20 @@ def _write_torch(root: pathlib.Path, model: Pi0, *, prefix: str, embeddings: tup
 def _write_assets(
     root: pathlib.Path, checkpoint: Checkpoint, config: Pi0Config, spec: PolicySpec | None, asset_id: str | None
 ) -> list[str]:
-    """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one, as openpi uses them."""
+    """Write the statistics of an openpi target: unchanged copies, or the policy's rewritten for openpi's rules."""
     if spec is None:
         source = checkpoint.spec()
-        chosen = source.assets if asset_id is None else {asset_id: source.asset(asset_id)}
-        for name, file in chosen.items():
+        assets = source.assets if asset_id is None else {asset_id: source.asset(asset_id)}
+        for name, file in assets.items():
             (root / "assets" / name).mkdir(parents=True)
             (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
-        unlike = ""
-        if source.normalization and source.normalization != (theirs := openpi_rules(config.pi05)):
+        if assets:
+            return []
+        note, rules = "the source has no statistics, and so the target has none", openpi_rules(config.pi05)
+        if source.normalization and source.normalization != rules:
             kinds = listed(f"{key} by {rule.kind}" for key, rule in source.normalization.items())
-            unlike = f"; the source normalizes {kinds}, openpi both by {theirs['state'].kind}"
-        return [] if chosen else [f"there are no statistics in the source, and so none in the target{unlike}"]
+            note += f"; the source normalizes {kinds}, openpi both by {rules['state'].kind}"
+        return [note]
     resized = spec.require_preprocessing("openpi", config)
     spec, notes = spec.normalized_by(openpi_rules(config.pi05))
     assert spec.embodiment is not None
@@ -319,73 +320,88 @@ def _write_assets(
     settings["the default prompt"] = spec.default_prompt
     notes += [f"{key} {value} is not written: openpi has none" for key, value in settings.items() if value is not None]
     if spec.prompt_format != "openpi" and not config.state_in_prompt:
-        notes.append("the prompt is cleaned there (white space around it, _ and newlines), its newline tokenized alone")
+        notes.append(
+            "openpi cleans the prompt (white space around it, _ and newlines), and tokenizes its newline separately"
+        )
     notes += [*resized, f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
     if robot.camera_names != OPENPI_CAMERAS[: len(robot.camera_names)]:
         sent = ", ".join(camera.name or "" for camera in robot.read_cameras if camera.key is not None)
         if sent.count(",") >= len(OPENPI_CAMERAS):
             raise CheckpointError(
                 f"{robot.name} has the cameras {sent}; openpi reads {', '.join(OPENPI_CAMERAS)} and drops others, so "
-                "the policy would act otherwise there. Convert it to torchpi or lerobot."
+                "the policy would act differently there. Convert it to torchpi or lerobot."
             )
-        notes.append(f"its cameras {sent} are openpi's {', '.join(OPENPI_CAMERAS)}, in this order")
+        notes.append(f"its cameras {sent} become openpi's {', '.join(OPENPI_CAMERAS)}, in this order")
     return notes
 
 
 def _check(root: pathlib.Path, model: Pi0, spec: PolicySpec | None) -> dict[str, float | None]:
-    """Read back what was written: the differences of arrays, and of actions that are sampled as its own programs do."""
+    """Read the target back, and compare its arrays and sampled actions with the model's."""
     written = open_checkpoint(root, config=model.config)
-    difference = 0.0
+    array_difference = 0.0
     for name, entry in written.table(model.config).items():
-        meant, found = stored_array(model, entry), written.arrays.read(name)
-        if meant.dtype is not found.dtype or not torch.equal(meant.view(torch.uint8), found.view(torch.uint8)):
-            off = (meant.float() - found.float()).abs().nan_to_num(nan=torch.inf)  # NaN equals itself, in its bits
-            difference = max(difference, float(off.max()))
-    again = written.model(dtype=None)
-    model.compute_dtype_override = again.compute_dtype_override = torch.float32
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a made-up observation
-        actions = [difference] if difference == torch.inf else _action_differences(model, again, spec, written.spec())
-    del again
+        expected, found = stored_array(model, entry), written.arrays.read(name)
+        # Bitwise, so that NaN equals itself.
+        if expected.dtype is not found.dtype or not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+            difference = (expected.float() - found.float()).abs().nan_to_num(nan=torch.inf)
+            array_difference = max(array_difference, float(difference.max()))
+    reloaded = written.model(dtype=None)
+    model.compute_dtype_override = reloaded.compute_dtype_override = torch.float32
+    differences: dict[str, float | None] = {"action_difference": torch.inf}
+    if array_difference < torch.inf:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the made-up observation
+            differences = _action_differences(model, reloaded, spec, written.spec())
+    del reloaded
     gc.collect()
-    return {"array_difference": difference, "action_difference": actions[0], "input_difference": (*actions, None)[1]}
+    return {"array_difference": array_difference, **differences}
 
 
-def _action_differences(model: Pi0, again: Pi0, spec: PolicySpec | None, theirs: PolicySpec) -> list[float]:
-    """The largest difference of actions that are sampled by each side's own rules: for images and a prompt that are
-    used as they are, and, if the two treat others otherwise, for images to be resized and a prompt to be cleaned."""
-    config, random, stand_in = model.config, np.random.default_rng(0), assets() / "tiny_tokenizer.model"
+def _action_differences(
+    model: Pi0, reloaded: Pi0, spec: PolicySpec | None, written_spec: PolicySpec
+) -> dict[str, float | None]:
+    """`action_difference` and `input_difference` of `Conversion`."""
+    config, random = model.config, np.random.default_rng(0)
     noise = torch.from_numpy(random.standard_normal((1, config.action_horizon or 10, config.action_dim))).float()
-    side = config.image_size
+    size = config.image_size
 
     def sample(model: Pi0, inputs: Mapping[str, Any]) -> np.ndarray:
         with torch.no_grad():
             return model.sample_actions(collate([inputs]), noise=noise, num_steps=2)[0].numpy()
 
-    # For a comparison any tokenizer is as good as the published models'.
-    if spec and not spec.tokenizer and load_tokenizer(stand_in).vocab_size <= config.vocab_size:
-        spec = dataclasses.replace(spec, tokenizer=stand_in)
-    if spec is None or spec.tokenizer is None:  # there is nothing but the model
+    # Any tokenizer will do for a comparison, so that the published models' need not be downloaded.
+    tokenizer = assets() / "tiny_tokenizer.model"
+    if spec and not spec.tokenizer and load_tokenizer(tokenizer).vocab_size <= config.vocab_size:
+        spec = dataclasses.replace(spec, tokenizer=tokenizer)
+    if spec is None or spec.tokenizer is None:  # compare the models only
         inputs = {
-            "image": {"base_0_rgb": random.integers(0, 256, (side, side, 3), np.uint8)},
+            "image": {"base_0_rgb": random.integers(0, 256, (size, size, 3), np.uint8)},
             "image_mask": {"base_0_rgb": np.True_},
             "state": random.standard_normal(config.action_dim),
             "tokenized_prompt": random.integers(config.vocab_size, size=12),
             "tokenized_prompt_mask": np.ones(12, bool),
         }
-        return [float(np.abs(sample(model, inputs) - sample(again, inputs)).max())]
-    unsaid: dict[str, Any] = {} if theirs.embodiment else {"embodiment": spec.embodiment, "truncation": "original"}
-    policies = policy_of(model, spec), policy_of(again, theirs.requested(tokenizer=spec.tokenizer, **unsaid))
-    rough = policies[0].embodiment.to_model(policies[0].example_observation(deviations=0.7))
-    plain = rough | {"image": {name: image[:side, :side] for name, image in rough["image"].items()}}
-    found: list[float] = []
-    for observation in (plain, rough | {"prompt": " pick_up the object\n"}):
-        both = [policy.transforms.forward(observation) for policy in policies]
-        if found and all(map(np.array_equal, *([x["tokenized_prompt"], *x["image"].values()] for x in both))):
-            break
+        return {"action_difference": float(np.abs(sample(model, inputs) - sample(reloaded, inputs)).max())}
+    missing: dict[str, Any] = {}
+    if not written_spec.embodiment:
+        missing = {"embodiment": spec.embodiment, "truncation": "original"}
+    written_spec = written_spec.requested(tokenizer=spec.tokenizer, **missing)
+    policies = policy_of(model, spec), policy_of(reloaded, written_spec)
+    large = policies[0].embodiment.to_model(policies[0].example_observation(deviations=0.7))
+    plain = large | {"image": {name: image[:size, :size] for name, image in large["image"].items()}}
+
+    unclean = large | {"prompt": " pick_up the object\n"}
+    plain_inputs, unclean_inputs = ([p.transforms.forward(obs) for p in policies] for obs in (plain, unclean))
+
+    def difference(observation: Mapping[str, Any], inputs: list[dict[str, Any]]) -> float:
         actions = []
-        for policy, inputs in zip(policies, both, strict=True):
-            chunk = policy.transforms.inverse(sample(policy.model, inputs), action_size=policy.embodiment.action_size)
+        for policy, batch in zip(policies, inputs, strict=True):
+            chunk = policy.transforms.inverse(sample(policy.model, batch), action_size=policy.embodiment.action_size)
             actions.append(policy.embodiment.from_model(chunk, observation["state"]))
-        found.append(float(np.abs(actions[0] - actions[1]).max()))
-    return found
+        return float(np.abs(actions[0] - actions[1]).max())
+
+    differences: dict[str, float | None] = {"action_difference": difference(plain, plain_inputs)}
+    arrays = ([inputs["tokenized_prompt"], *inputs["image"].values()] for inputs in unclean_inputs)
+    if not all(map(np.array_equal, *arrays)):
+        differences["input_difference"] = difference(unclean, unclean_inputs)
+    return differences

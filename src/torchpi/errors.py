@@ -1,7 +1,7 @@
-"""The errors of users' mistakes: one class per subject, each of them the built-in error that it has always been;
-phrases of their messages, and a check.
+"""Errors for users, one class per subject, and helpers for their messages.
 
-A message says what failed, what was found, what was expected and what to do. Catch `TorchpiError` for all of them.
+A message says what failed, what was found, what was expected and what to do. Each class also derives from a built-in
+error; `TorchpiError` is the base of all.
 """
 
 import difflib
@@ -10,25 +10,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-def first_of(texts: Sequence[str], most: int = 8, separator: str = ", ") -> str:
-    """The first texts of many, printable, and how many there are more."""
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return f"{separator.join(map(printable, texts[:most]))}{more}"
+def first_of(texts: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
+    """Join the first `limit` texts, made printable, and state how many more there are."""
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return f"{separator.join(map(printable, texts[:limit]))}{more}"
 
 
-def printable(text: object, most: int = 500, keep: str = "") -> str:
-    """Text from outside, for messages, logs and terminals: in one line, and of a bounded length.
+def printable(text: object, limit: int = 500, keep: str = "") -> str:
+    """Make untrusted text safe for messages, logs and terminals: one line, of bounded length.
 
-    Control characters, line breaks, changes of the writing direction and lone surrogates are escaped, but for those in
-    `keep`; of more than `most` characters the middle is left out.
+    Control characters, line breaks, changes of the writing direction and lone surrogates are escaped, except those in
+    `keep`. If the text is longer than `limit` characters, its middle is left out.
     """
-    found = str(text)
-    if len(found) > most:
-        found = f"{found[: most // 2]} … {found[len(found) - most // 3 :]} ({len(found)} characters)"
-    if found.isprintable():
-        return found
-    escaped = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in found)
-    return "".join(escaped)[: 2 * most]
+    result = str(text)
+    if len(result) > limit:
+        result = f"{result[: limit // 2]} … {result[len(result) - limit // 3 :]} ({len(result)} characters)"
+    if result.isprintable():
+        return result
+    escaped = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in result)
+    return "".join(escaped)[: 2 * limit]
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -37,26 +37,26 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 
 
 def listed(names: Iterable[object], last: str = "and") -> str:
-    """A list as a sentence has it: `a`, `a and b`, `a, b and c`."""
-    *most, end = [*map(str, names)] or [""]
-    return f"{', '.join(most)} {last} {end}" if most else end
+    """Names as in a sentence: `a`, `a and b`, `a, b and c`."""
+    *others, end = [*map(str, names)] or [""]
+    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant; None: none is similar."""
+    """The most similar known name, ignoring case; None if none is similar."""
     by_lower = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
-    return by_lower[found[0]] if found else None
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
+    return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean so101?)`, behind an unknown name; empty where none is similar."""
+    """Suffix for an unknown name: ` (did you mean so101?)`; empty if none is similar."""
     close = closest(name, known)
     return f" (did you mean {close}?)" if close else ""
 
 
 def is_whole(value: Any) -> bool:
-    """True for a whole number, NumPy's included; a bool is none, nor is 2.0."""
+    """True for integers, including NumPy's; not for bools, nor for 2.0."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -93,7 +93,7 @@ class PolicyError(TorchpiError, ValueError):
 
 
 class ActionError(PolicyError):
-    """Actions that no robot is to be sent: not finite, or beyond its limits."""
+    """Actions are unsafe for the robot: not finite, or beyond its limits."""
 
 
 class DatasetError(TorchpiError, ValueError):
@@ -124,7 +124,7 @@ class UnknownKeyError(TorchpiError, KeyError):
 
 
 class MissingFileError(TorchpiError, FileNotFoundError):
-    """There is no such file or folder."""
+    """A file or folder does not exist."""
 
 
 class MissingExtraError(TorchpiError, ModuleNotFoundError):

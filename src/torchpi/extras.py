@@ -1,4 +1,4 @@
-"""Optional dependencies: imported where they are used, with an error that has the install command."""
+"""Optional dependencies: imported on first use, with an error that names the install command."""
 
 import contextlib
 import importlib.metadata
@@ -11,7 +11,7 @@ from torchpi.errors import MissingExtraError
 _NEEDS = {
     "adamw8bit": "The optimizer adamw8bit needs the extra 'adamw8bit'",
     "aloha": "Simulating ALOHA needs the extra 'sim' and Python 3.11 or 3.12 (labmaze has no wheel for newer ones)",
-    "client": "Asking a served policy needs torchpi-client",
+    "client": "Querying a policy server needs torchpi-client",
     "data": "Datasets, videos and TensorBoard need the extra 'data'",
     "gcs": "Addresses that begin with gs:// need the extra 'gcs'",
     "gpu": "The fused kernels for GPUs need the extra 'gpu'",
@@ -32,18 +32,18 @@ _COMMANDS = {
 
 def require(module: str, extra: str) -> Any:
     """Import a module that an extra of torchpi installs."""
-    with _named(extra):
+    with _name_extra(extra):
         return importlib.import_module(module)
 
 
 def check_installed(distribution: str, extra: str) -> None:
-    """Raise `require`'s error unless a distribution of an extra is installed; imports nothing."""
-    with _named(extra):
+    """Raise the error of `require` unless a distribution of an extra is installed, without importing it."""
+    with _name_extra(extra):
         importlib.metadata.version(distribution)
 
 
 @contextlib.contextmanager
-def _named(extra: str) -> Iterator[None]:
+def _name_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def _named(extra: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment_defaults(**variables: str) -> Iterator[None]:
-    """Set variables of the environment for a library or new processes, as far as the user has not set them."""
+    """Set environment variables for a library or for child processes, unless the user has set them."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

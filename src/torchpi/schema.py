@@ -1,4 +1,4 @@
-"""JSON documents → dataclasses: the one validator of every file that users or other programs write."""
+"""Reading, validating and writing JSON; every file from users and other programs is parsed here."""
 
 import json
 import math
@@ -18,16 +18,16 @@ T = TypeVar("T")
 MAX_DEPTH = 32
 _MAX_DIGITS = 40
 COMMENT = "comment"
-"""The field of an object for readers, in files that people write."""
+"""Field that people can add to any object in files that they write."""
 
 
 def is_file_name(text: str) -> bool:
-    """True for the name of a file that may lie next to the one that names it: no folder, nothing unprintable."""
+    """True if an untrusted text is a plain file name: no folders, no unprintable characters, at most 255 bytes."""
     return pathlib.PurePath(text).name == text != ".." and text.isprintable() and len(text.encode()) <= 255
 
 
 def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> Any:
-    """The value in a JSON file; `error` is raised where it is not JSON."""
+    """Read the value in a JSON file; raise `error` if it is not valid JSON."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}.")
@@ -35,9 +35,9 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
 
 
 def parse_json(text: str | bytes, where: str, *, error: type[TorchpiError] = ConfigError) -> Any:
-    """The value that a text, the contents of `where`, is in JSON; errors as of `read_json`."""
+    """Parse a JSON text; `where` names it in errors, which are those of `read_json`."""
     try:
-        # Some editors put a mark in front.
+        # Some editors begin files with a byte order mark.
         return bounded(DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig")))
     except RecursionError as problem:
         raise error(f"{where} is not valid JSON: objects and lists are nested too deeply.") from problem
@@ -46,9 +46,9 @@ def parse_json(text: str | bytes, where: str, *, error: type[TorchpiError] = Con
 
 
 def bounded(value: Any) -> Any:
-    """A JSON value, if it is not nested too deeply; else a plain ValueError."""
+    """Return a JSON value; raise a ValueError if it is nested too deeply."""
     if (depth := _depth(value)) > MAX_DEPTH:
-        raise ValueError(f"{depth} objects and lists are in each other; expected at most {MAX_DEPTH}.")
+        raise ValueError(f"objects and lists are nested {depth} deep; expected at most {MAX_DEPTH}.")
     return value
 
 
@@ -65,11 +65,11 @@ def _float(text: str) -> float:
 
 
 DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_float)
-"""For several values in one text. Refuses numbers that no field holds."""
+"""Decoder that refuses numbers too large for any field; for texts with several values."""
 
 
 def read_json_object(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> dict[str, Any]:
-    """The object in a JSON file; errors as of `read_json`."""
+    """Read the object in a JSON file; for the errors see `read_json`."""
     value = read_json(path, error=error)
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object, found {type(value).__name__}.")
@@ -77,7 +77,7 @@ def read_json_object(path: str | pathlib.Path, *, error: type[TorchpiError] = Co
 
 
 def without_comments(value: Any) -> Any:
-    """A JSON value without the fields `comment` of its objects, at any depth."""
+    """Remove the field `comment` from all objects in a JSON value."""
     if isinstance(value, list):
         return [without_comments(item) for item in value]
     if isinstance(value, dict):
@@ -86,26 +86,27 @@ def without_comments(value: Any) -> Any:
 
 
 def write_json(path: pathlib.Path, document: Any) -> None:
-    """Write a document as JSON that people can read; NaN is a ValueError."""
+    """Write a document as indented JSON; NaN raises a ValueError."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(path, f"{text}\n")
 
 
 def check_json(value: Any, where: str, *, error: type[TorchpiError] = ConfigError, max_bytes: int = 10**8) -> None:
-    """Raise an error unless a value can be written as JSON and sent as msgpack, in so many bytes and not too deep."""
+    """Raise an error unless a value can be written as JSON and sent as msgpack, within limits of size and depth."""
     try:
         json.dumps(value, allow_nan=False)
-        size, depth = len(msgspec.msgpack.encode(value)), _depth(value)  # integers of 64 bits, texts in Unicode
+        size, depth = len(msgspec.msgpack.encode(value)), _depth(value)  # checks for 64 bit integers and valid Unicode
     except (TypeError, ValueError, OverflowError, RecursionError) as problem:
         reason = "it is nested too deeply" if isinstance(problem, RecursionError) else f"{problem}".rstrip(".")
         raise error(f"{where} can't be written as JSON, or sent: {reason:.200}.") from problem
-    if depth > MAX_DEPTH or size > max_bytes:
-        found = f"{depth} objects and lists in each other" if depth > MAX_DEPTH else f"{size} bytes"
-        raise error(f"{where} has {found}; expected at most {MAX_DEPTH if depth > MAX_DEPTH else max_bytes}.")
+    if depth > MAX_DEPTH:
+        raise error(f"{where} has objects and lists nested {depth} deep; expected at most {MAX_DEPTH}.")
+    if size > max_bytes:
+        raise error(f"{where} has {size} bytes; expected at most {max_bytes}.")
 
 
 def _depth(value: Any) -> int:
-    if isinstance(value, str | int | float):  # most values, and fast
+    if isinstance(value, str | int | float):  # fast path for most values
         return 0
     items = value.values() if isinstance(value, Mapping) else value
     return 1 + max(map(_depth, items), default=0) if isinstance(items, Iterable) else 0
@@ -114,12 +115,12 @@ def _depth(value: Any) -> int:
 def parse(
     kind: type[T], value: Any, where: str, *, error: type[TorchpiError] = ConfigError, known_only: bool = True
 ) -> T:
-    """Build a dataclass from a JSON value: every field known, none missing, each of its type.
+    """Build a dataclass from a JSON value, after checking for unknown and missing fields and wrong types.
 
     Args:
-        kind: a dataclass; its fields' types are checked, nested ones as well. Its own checks (`__post_init__`) run.
-        where: the document's name, in front of messages.
-        known_only: refuse unknown fields; False for documents of other programs, which may add some.
+        kind: a dataclass, with nested ones if needed; its `__post_init__` runs.
+        where: the document's name in errors.
+        known_only: refuse unknown fields; False for documents of other programs, which may add fields.
     """
     if known_only and (unknown := list(_unknown_fields(schema.type_info(kind), value, ""))):
         fields = ", ".join(path + did_you_mean(path.rpartition(".")[2], known) for path, known in sorted(unknown))
@@ -132,25 +133,25 @@ def parse(
 
 
 def _plain_message(message: str, kind: schema.Type, value: Any) -> str:
-    """An error of msgspec with the found number and the valid choices, which it leaves out, in Python's words."""
+    """Complete an error of msgspec: name the found value and the valid choices, and use Python's type names."""
     message, _, path = message.partition(" - at `$")
     path = path.strip(".`")
     kinds, found = _at(kind, value, path)
-    place = f" at `{path}`" if path else ""
+    location = f" at `{path}`" if path else ""
     if message.startswith("Invalid enum value "):
         choices = [repr(choice) for part in kinds if isinstance(part, schema.LiteralType) for choice in part.values]
-        return f"{message.replace(' enum', '')}{place}; valid are {', '.join(choices)}"
+        return f"{message.replace(' enum', '')}{location}; valid are {', '.join(choices)}"
     if message.startswith("Expected "):
         message = message.replace("array", "list")
-        complete = ", got " in message or found is ...
-        return f"{message}{place}" if complete else f"{message}, got {found!r}{place}"
+        is_complete = ", got " in message or found is ...
+        return f"{message}{location}" if is_complete else f"{message}, got {found!r}{location}"
     if message.startswith("Object missing "):
-        return f"{message}{place}"
-    return f"`{path}`: {message}" if path else message  # of the dataclass's own checks: whole sentences
+        return f"{message}{location}"
+    return f"`{path}`: {message}" if path else message  # from `__post_init__`: a whole sentence
 
 
 def _at(kind: schema.Type, value: Any, path: str) -> tuple[tuple[schema.Type, ...], Any]:
-    """The types that are possible at a path as msgspec writes it, and the value there; `...`: which is not known."""
+    """Possible types at a path in msgspec's notation, and the value there; `...` if the value is unknown."""
     kinds = kind.types if isinstance(kind, schema.UnionType) else (kind,)
     for step in re.findall(r"\.\.\.|[^.\[\]]+", path):
         inner: list[schema.Type] = []
@@ -170,7 +171,7 @@ def _at(kind: schema.Type, value: Any, path: str) -> tuple[tuple[schema.Type, ..
 
 
 def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The path of every field that a value has too many, and the names that are known at its place."""
+    """Path of each unknown field, and the names of the fields that are known there."""
     if isinstance(kind, schema.UnionType):
         parts = [part for part in kind.types if isinstance(part, schema.DataclassType | schema.VarTupleType)]
         for part in parts[:1]:
@@ -191,7 +192,7 @@ def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[
 
 
 def require_stated(found: Any, complete: Any, where: str, *, error: type[TorchpiError] = ConfigError) -> None:
-    """Raise an error unless a JSON value states every field of the complete one: no default stands in for it."""
+    """Raise an error unless a JSON value states every field of `complete`; defaults are not accepted."""
     if missing := list(_unstated_fields(found, complete, "")):
         raise error(f"{where} lacks {', '.join(missing)}; every field must be stated.")
 
@@ -204,5 +205,5 @@ def _unstated_fields(found: Any, complete: Any, path: str) -> Iterator[str]:
             else:
                 yield from _unstated_fields(found[name], value, f"{path}{name}.")
     elif isinstance(complete, list | tuple):
-        for number, (ours, theirs) in enumerate(zip(found, complete, strict=True)):
-            yield from _unstated_fields(ours, theirs, f"{path}{number}.")
+        for number, (item, complete_item) in enumerate(zip(found, complete, strict=True)):
+            yield from _unstated_fields(item, complete_item, f"{path}{number}.")

@@ -629,7 +629,7 @@ def test_a_failed_conversion_leaves_nothing(golden_pi05, tmp_path, monkeypatch):
 def test_only_a_checkpoint_is_overwritten(golden_pi05, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
-    with pytest.raises(ValueError, match=r"thesis is no checkpoint, and is not overwritten"):
+    with pytest.raises(ValueError, match=r"thesis is not a checkpoint, and is not overwritten"):
         convert(golden_pi05.checkpoint, tmp_path / "thesis", "openpi-jax", config=golden_pi05.config, overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
 
@@ -641,7 +641,7 @@ def test_a_folder_called_demo_or_a_file_of_a_checkpoint_is_not_overwritten(golde
     convert("demo", tmp_path / "policy", "torchpi", check=False)
     before = (tmp_path / "policy" / "policy.json").read_bytes()
     for target in ("demo", "policy/policy.json"):
-        with pytest.raises(ValueError, match=rf"{target} is no checkpoint, and is not overwritten"):
+        with pytest.raises(ValueError, match=rf"{target} is not a checkpoint, and is not overwritten"):
             convert(golden_pi05.checkpoint, target, "openpi-jax", config=golden_pi05.config, overwrite=True)
     assert (tmp_path / "demo" / "chapter.tex").read_text() == "years"
     assert (tmp_path / "policy" / "policy.json").read_bytes() == before

@@ -46,7 +46,7 @@ def some_stats(seed=0, scale=1.0):
 @pytest.mark.parametrize(
     ("to", "options", "message"),
     [
-        ("openpi-jax", {"default_prompt": "lift it"}, "A checkpoint of openpi says nothing of default_prompt"),
+        ("openpi-jax", {"default_prompt": "lift it"}, "A checkpoint of openpi can't store default_prompt"),
         ("torchpi", {"sizes": {"width": 3}}, "width can't be adapted; action_dim, "),
     ],
 )
@@ -201,7 +201,7 @@ def test_lerobots_pi0_in_quantiles_acts_alike_in_openpi_but_for_prompts_that_it_
     there = as_used(tmp_path / "out", policy, golden, policy.model.config)
     assert_same_actions(actions(there), actions(policy))
     assert report.action_difference < 1e-5 < 1e-2 < report.input_difference
-    assert "note: the prompt is cleaned there" in str(report)
+    assert "note: openpi cleans the prompt" in str(report)
     assert f"white space around it, _ or newlines by {report.input_difference:g}" in str(report)
 
 
@@ -273,7 +273,7 @@ def test_cameras_that_openpi_drops_are_refused_and_other_names_are_noted(golden_
     features["observation.images.top"] = features.pop("observation.images.right_wrist_0_rgb")
     (root / "config.json").write_text(json.dumps(document))
     report = convert(root, tmp_path / "out", "openpi-jax", config=golden_pi05.config, check=False)
-    assert "its cameras base_0_rgb, left_wrist_0_rgb, top are openpi's base_0_rgb, left_wrist_0_rgb, right" in str(
+    assert "its cameras base_0_rgb, left_wrist_0_rgb, top become openpi's base_0_rgb, left_wrist_0_rgb, right" in str(
         report
     )
     features["observation.images.side"] = features["observation.images.top"]

@@ -113,7 +113,7 @@ def test_a_written_document_is_read_again_and_nan_is_an_error(tmp_path):
     ("text", "message"),
     [
         ("[" * 200_000, "nested too deeply"),
-        ('{"a":' * 40 + "1" + "}" * 40, "40 objects and lists are in each other; expected at most 32"),
+        ('{"a":' * 40 + "1" + "}" * 40, "objects and lists are nested 40 deep; expected at most 32"),
         ('{"fps": ' + "9" * 400 + "}", "the number 99999999999999999999… has 400 digits; expected at most 40"),
         ('{"fps": -1' + "0" * 5000 + "}", "has 5002 digits"),
         ('{"fps": ' + "9" * 400 + ".5}", "the number 99999999999999999999… is too large"),
