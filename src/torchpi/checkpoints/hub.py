@@ -130,7 +130,7 @@ def _delete_outdated(source: Bucket | Repository) -> None:
     if (old := source.record()) is None:
         return
     try:
-        new = Record(source.address, source.files())
+        new = Record(source.address, source.list_files())
     except source.errors as error:
         if source.http_status(error) is None and source.is_complete():
             print(f"{source.root} is not compared with {source.address}: {type(error).__name__}", file=sys.stderr)
@@ -155,7 +155,7 @@ def _download(source: Bucket | Repository, sleep: Callable[[float], None]) -> No
     try:
         record = source.record()
         if record is None or source.unavailable(record):
-            record = Record(source.address, source.files())
+            record = Record(source.address, source.list_files())
             source.require_files(record)
             _write_record(source, record)
         else:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import quote, unquote
@@ -129,6 +129,32 @@ class Source:
         folders = {f"{folder.as_posix()}/" for name in files for folder in pathlib.PurePosixPath(name).parents}
         return sorted(self.names - set(files) - folders)
 
+    def list_files(self) -> dict[str, File]:
+        """All files of the address, from the server; a damaged or endless list is an error."""
+        files: dict[str, File] = {}
+        seen: set[str] = set()
+        for name, size, version, checksum in self._entries():
+            problem = ""
+            if not isinstance(name, str) or type(size) is not int or size < 0:
+                problem = f"{name!a:.200} with a size of {size!a:.40}; expected a name and a number of bytes"
+            elif name in seen:
+                problem = f"{name!a:.200} twice"
+            elif len(seen) == _MAX_FILES:
+                problem = f"more than {_MAX_FILES} files"
+            if problem:
+                raise CheckpointError(
+                    f"{self.address}: the server lists {problem}; the list is damaged, or this is another kind of "
+                    "server."
+                )
+            seen.add(name)
+            if version is not None:
+                files[name] = File(size, version, checksum)
+        return files
+
+    def _entries(self) -> Iterator[tuple[Any, Any, str | None, str]]:
+        """Name, size, version and checksum of each file, unchecked; for folders, size 0 and no version."""
+        raise NotImplementedError
+
     def require_files(self, record: Record) -> None:
         """Raise an error if the server lacks requested files, or lists a path outside the cache folder."""
         if outside := [name for name in record.files if not is_safe_path(name)]:
@@ -152,26 +178,6 @@ class Source:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(f"/{name.lower()}", pattern) for pattern in patterns)
-
-
-def _validated(address: str, entries: Iterable[Any], name_and_size: Callable[[Any], tuple[str, int]]) -> Iterator[Any]:
-    """Pass on the entries of a server's file list; raise an error for bad names or sizes, duplicates, endless lists."""
-    seen: set[str] = set()
-    for entry in entries:
-        name, size = name_and_size(entry)
-        problem = ""
-        if not isinstance(name, str) or type(size) is not int or size < 0:
-            problem = f"{name!a:.200} with a size of {size!a:.40}; expected a name and a number of bytes"
-        elif name in seen:
-            problem = f"{name!a:.200} twice"
-        elif len(seen) == _MAX_FILES:
-            problem = f"more than {_MAX_FILES} files"
-        if problem:
-            raise CheckpointError(
-                f"{address}: the server lists {problem}; the list is damaged, or this is another kind of server."
-            )
-        seen.add(name)
-        yield entry
 
 
 class Bucket(Source):
@@ -214,27 +220,23 @@ class Bucket(Source):
             f"is private or does not exist: only public buckets are read; with an account, run: {self.download_command}"
         )
 
-    def files(self) -> dict[str, File]:
-        """All files of the address, from the server."""
+    def _entries(self) -> Iterator[tuple[Any, Any, str | None, str]]:
         import obstore
 
         try:
             try:
-                entries: Any = [obstore.head(self.store, self.path)]
+                entries: Iterable[Any] = [obstore.head(self.store, self.path)]
             except FileNotFoundError:  # a folder
-                listed = (entry for page in self.store.list(self.path) for entry in page)
-                entries = list(_validated(self.address, listed, lambda entry: (entry["path"], entry["size"])))
+                entries = (entry for page in self.store.list(self.path) for entry in page)
+            for entry in entries:
+                tag = (entry["e_tag"] or "").strip('"')
+                # The ETag of an object is its MD5, unless the object was composed from parts.
+                checksum = f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else ""
+                yield entry["path"], entry["size"], tag, checksum
         except obstore.exceptions.InvalidPathError as error:
             raise CheckpointError(
                 f"{self.address}: the server lists a name which would be outside of {self.top} ({error})."
             ) from error
-        files = {}
-        for entry in entries:
-            tag = (entry["e_tag"] or "").strip('"')
-            # The ETag of an object is its MD5, unless the object was composed from parts.
-            checksum = f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else ""
-            files[entry["path"]] = File(entry["size"], tag, checksum)
-        return files
 
     @contextlib.contextmanager
     def open_stream(self, name: str, file: File, start: int) -> Iterator[ByteStream]:
@@ -312,21 +314,19 @@ class Repository(Source):
             return f"does not exist; check its parts. If it is private, ask for access on {access}"
         return "does not exist; check its parts"
 
-    def files(self) -> dict[str, File]:
-        """All files of the repository, from the server."""
+    def _entries(self) -> Iterator[tuple[Any, Any, str | None, str]]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         api = HfApi(endpoint=self.endpoint)
         try:
             commit = api.repo_info(self.name, repo_type=self.kind, revision=self.revision, timeout=60).sha or ""
-            tree = api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind)
-            return {
-                file.path: File(file.size, commit, f"sha256:{file.lfs.sha256}" if file.lfs else "")
-                for file in _validated(self.address, tree, lambda entry: (entry.path, getattr(entry, "size", 0)))
-                if isinstance(file, RepoFile)
-            }
-        except (*self.errors, CheckpointError):
+            for entry in api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind):
+                if isinstance(entry, RepoFile):
+                    yield entry.path, entry.size, commit, f"sha256:{entry.lfs.sha256}" if entry.lfs else ""
+                else:
+                    yield entry.path, 0, None, ""
+        except self.errors:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # huggingface_hub validates no response
             raise CheckpointError(
