@@ -1,4 +1,4 @@
-"""Files that appear complete under their name, or not at all, and errors of full disks that have the name."""
+"""Atomic writing of files and folders, and errors of full disks that name the file."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ def write_plot(path):
 WRITERS = [write_page, write_document, write_plot]
 
 
-def test_what_a_killed_process_leaves_is_replaced_by_the_next_writing(tmp_path):
+def test_leftovers_of_a_killed_process_are_replaced_by_the_next_write(tmp_path):
     with atomic_file(tmp_path / "report.html") as first:
         first.touch()
     with atomic_file(tmp_path / "report.html") as second:
@@ -39,14 +39,14 @@ def test_what_a_killed_process_leaves_is_replaced_by_the_next_writing(tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A disk that takes nothing more: the error of writing has no name, as the system's."""
+    """A full disk, whose write errors have no file name, as in the operating system."""
 
     def fail(path, *_, **__):
         pathlib.Path(path).touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pathlib.Path, "write_text", fail)
-    savefig = Figure.savefig  # also draws into pages
+    savefig = Figure.savefig  # is also used for pages
     monkeypatch.setattr(
         Figure,
         "savefig",
@@ -55,7 +55,7 @@ def full_disk(monkeypatch):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_files_are_replaced_and_nothing_is_left_beside(write, tmp_path):
+def test_files_are_replaced_without_leftovers(write, tmp_path):
     file = tmp_path / "folder/report"
     write(file)
     before = file.read_bytes()
@@ -66,7 +66,7 @@ def test_files_are_replaced_and_nothing_is_left_beside(write, tmp_path):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_full_disk_is_an_error_with_the_files_name_and_the_old_file_stays(write, tmp_path, full_disk):
+def test_full_disk_names_the_file_and_keeps_the_old_one(write, tmp_path, full_disk):
     file = tmp_path / "report"
     file.write_bytes(b"old")
     with pytest.raises(OSError, match=r"No space left on device: '.*/report'") as caught:
@@ -100,7 +100,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_error_of_a_name_has_the_files_name(tmp_path):
+def test_error_about_the_path_names_the_file(tmp_path):
     (tmp_path / "file").touch()
     for name in ("file/report.html", "."):
         with pytest.raises(OSError, match=str(tmp_path)) as caught:
@@ -124,7 +124,7 @@ def test_links_stay_and_devices_are_written_to(tmp_path):
     assert not pathlib.Path("/dev/null").is_file()
 
 
-def test_errors_of_other_kinds_stay_as_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError, match="other"), atomic_file(tmp_path / "file"):
         (tmp_path / "other").read_text()
     with pytest.raises(ConnectionResetError) as caught, atomic_folder(tmp_path / "folder"):

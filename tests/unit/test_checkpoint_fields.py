@@ -1,4 +1,4 @@
-"""Fields and steps in the files beside a policy's weights: used, without effect, or refused by name."""
+"""Fields and steps in a policy's config files: used, without effect, or refused by name."""
 
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ from torchpi.robots import StateKey
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
 NORMALIZER = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 
-# Fields of the configs of π₀ and π₀.₅ in LeRobot 0.4.0, as of which all later versions have them.
+# Fields of π₀'s and π₀.₅'s configs in LeRobot 0.4.0; all later versions have them, too.
 LEROBOT_04 = """n_obs_steps input_features output_features device use_amp push_to_hub repo_id private tags license
     pretrained_path paligemma_variant action_expert_variant dtype chunk_size n_action_steps max_state_dim max_action_dim
     num_inference_steps time_sampling_beta_alpha time_sampling_beta_beta time_sampling_scale time_sampling_offset
@@ -35,7 +35,7 @@ LATER = """use_peft rtc_config freeze_vision_encoder train_expert_only use_relat
 
 
 class Folder:
-    """A copy of golden's LeRobot policy, to be changed."""
+    """A copy of golden's LeRobot policy for tests that change it."""
 
     def __init__(self, golden, root):
         self.golden = golden
@@ -82,7 +82,7 @@ def pi05(golden_pi05, tmp_path):
 # The tables
 
 
-def test_docs_have_the_tables():
+def test_docs_list_the_known_fields():
     script = pathlib.Path(__file__).parents[2] / "scripts" / "checkpoint_fields.py"
     spec = importlib.util.spec_from_file_location("checkpoint_fields", script)
     module = importlib.util.module_from_spec(spec)
@@ -96,14 +96,14 @@ def test_table_of_policy_json_has_its_fields():
     assert set(FIELDS["torchpi: policy.json"]) == fields
 
 
-def test_every_field_of_the_tables_says_one_thing():
+def test_table_entries_have_one_of_used_unused_only():
     for fields in FIELDS.values():
         for field in fields.values():
             assert [field.used is not None, field.unused is not None, bool(field.only)].count(True) == 1
             assert bool(field.because) == bool(field.only)
 
 
-def test_fields_of_every_lerobot_since_04_are_known():
+def test_fields_of_lerobot_04_and_later_are_known():
     for name in f"{LEROBOT_04} {LATER}".split():
         only = FIELDS["lerobot: config.json"].get(name)
         require_fields("lerobot: config.json", {name: only.only[0] if only and only.only else None}, "config.json")
@@ -136,7 +136,7 @@ def test_fields_of_every_lerobot_since_04_are_known():
         ({"type": "smolvla"}, 'type is "smolvla"; only "pi0" or "pi05" is supported'),
     ],
 )
-def test_config_that_is_another_models_is_refused(pi05, fields, message):
+def test_config_of_another_model_is_refused(pi05, fields, message):
     pi05.configure(**fields)
     with pytest.raises(ValueError, match=message):
         pi05.spec()
@@ -164,7 +164,7 @@ def test_files_of_processors_that_are_missing_or_damaged_are_named(pi05, file, c
         pi05.spec()
 
 
-def test_written_folder_notes_what_lerobot_does_otherwise_and_refuses_ambiguous_names(pi05, tmp_path):
+def test_lerobot_folder_notes_differences_and_refuses_ambiguous_names(pi05, tmp_path):
     spec, config = pi05.spec(), torchpi.Pi0Config.from_json(pi05.golden.config)
     names = spec.embodiment.state_names
     parts = (StateKey("arm", names[:2]), StateKey("hand", names[2:]))
@@ -193,7 +193,7 @@ def test_sizes_that_contradict_the_arrays_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\ud800", "a\nb"])
-def test_names_that_no_file_has_are_refused(pi05, name):
+def test_invalid_file_names_are_refused(pi05, name):
     pi05.edit(BEFORE, lambda document: step(document, "normalizer_processor").update(state_file=name))
     with pytest.raises(ValueError, match=r"a processor names the file .*; only files next to it are read"):
         pi05.spec()
@@ -204,7 +204,7 @@ def test_names_that_no_file_has_are_refused(pi05, name):
         pi05.spec()
 
 
-def test_number_of_euler_steps_becomes_the_policys(lerobot, tmp_path):
+def test_num_inference_steps_is_read(lerobot, tmp_path):
     lerobot.configure(num_inference_steps=4)
     policy = torchpi.load_policy(lerobot.root, config=lerobot.golden.config)
     assert (policy.num_steps, policy.metadata["num_steps"]) == (4, 4)
@@ -222,20 +222,20 @@ def test_number_of_euler_steps_becomes_the_policys(lerobot, tmp_path):
 
 
 @pytest.mark.parametrize("found", [0, -3, 2.5, "10", 10**9])
-def test_policy_file_with_an_impossible_number_of_steps_is_refused(found, tmp_path):
+def test_policy_file_with_invalid_num_steps_is_refused(found, tmp_path):
     demo = pathlib.Path(torchpi.__file__).parent / "assets/demo_policy/policy.json"
     (tmp_path / "policy.json").write_text(json.dumps({**json.loads(demo.read_text()), "num_steps": found}))
     with pytest.raises(ValueError, match="num_steps"):
         folder.read_policy_file(tmp_path)
 
 
-def test_trained_real_time_chunking_is_taken_over(lerobot):
+def test_max_action_prefix_is_read_from_rtc_training_max_delay(lerobot):
     assert MAX_ACTION_PREFIX not in lerobot.spec().metadata
     lerobot.configure(rtc_training_max_delay=5)
     assert lerobot.spec().metadata[MAX_ACTION_PREFIX] == 5
 
 
-def test_empty_cameras_are_added_behind_the_others_where_features_lack_them(lerobot):
+def test_empty_cameras_without_features_are_added_last(lerobot):
     lerobot.configure(empty_cameras=2)
     lerobot.edit("config.json", lambda d: d["input_features"].pop("observation.images.right_wrist_0_rgb"))
     cameras = [(camera.name, camera.presence) for camera in lerobot.spec().embodiment.cameras]
@@ -246,12 +246,12 @@ def test_empty_cameras_are_added_behind_the_others_where_features_lack_them(lero
 
 
 @pytest.mark.parametrize("dim", [3, 6])
-def test_statistics_decide_the_width_of_the_state(lerobot, dim):
+def test_state_dim_follows_the_statistics(lerobot, dim):
     lerobot.change_statistics(lambda a: {k: v[:dim] if k.startswith("observation.state.") else v for k, v in a.items()})
     assert len(lerobot.spec().embodiment.state_names) == dim
 
 
-def test_statistics_decide_the_width_of_actions_that_were_left_at_the_bases(pi05):
+def test_action_dim_follows_the_statistics_not_the_bases_features(pi05):
     pi05.change_statistics(lambda a: {k: v[:6] if k.startswith("action.") else v for k, v in a.items()})
     assert pi05.spec().embodiment.action_size == 6
 
@@ -298,13 +298,13 @@ def drop(document, name):
         (AFTER, lambda d: step(d, "absolute_actions_processor")["config"].update(enabled=True), "relative actions are off in"),  # noqa: E501
     ],
 )  # fmt: skip
-def test_steps_that_do_something_else_are_refused(pi05, file, change, message):
+def test_unsupported_steps_are_refused(pi05, file, change, message):
     pi05.edit(file, change)
     with pytest.raises(ValueError, match=message):
         pi05.spec()
 
 
-def test_relative_actions_without_the_step_back_are_refused(pi05):
+def test_relative_actions_without_absolute_step_are_refused(pi05):
     pi05.set(BEFORE, "relative_actions_processor", enabled=True)
     pi05.edit(AFTER, lambda d: drop(d, "absolute_actions_processor"))
     with pytest.raises(
@@ -313,7 +313,7 @@ def test_relative_actions_without_the_step_back_are_refused(pi05):
         pi05.spec()
 
 
-def test_steps_without_effect_may_stand_anywhere_or_be_missing(lerobot):
+def test_neutral_steps_may_be_anywhere_or_missing(lerobot):
     expected = lerobot.spec()
     lerobot.edit(BEFORE, lambda d: (reorder(d, "device_processor", 0), drop(d, "to_batch_processor")))
     lerobot.edit(BEFORE, lambda d: drop(d, "relative_actions_processor"))  # as LeRobot 0.4 writes it
@@ -322,13 +322,13 @@ def test_steps_without_effect_may_stand_anywhere_or_be_missing(lerobot):
     assert (found.embodiment, found.normalization) == (expected.embodiment, expected.normalization)
 
 
-def test_statistics_of_actions_that_differ_before_and_behind_the_model_are_refused(lerobot):
+def test_action_statistics_that_differ_before_and_after_the_model_are_refused(lerobot):
     lerobot.change_statistics(lambda a: {**a, "action.q01": a["action.q01"] - 1}, "postprocessor*.safetensors")
     with pytest.raises(ValueError, match="normalize actions by different rules or statistics"):
         lerobot.spec()
 
 
-def test_statistics_of_actions_on_one_side_of_the_model_only_are_refused(lerobot):
+def test_action_statistics_in_only_one_processor_are_refused(lerobot):
     others = {"state.q01": np.zeros(1, np.float32)}
     lerobot.change_statistics(lambda a: {k: v for k, v in a.items() if k[:7] != "action."} | others, "pre*.safetensors")
     with pytest.raises(ValueError, match="normalize actions by different rules or statistics"):
@@ -345,7 +345,7 @@ def stats_file(tmp_path, dim):
 
 
 @pytest.mark.parametrize("width", [4, 7])
-def test_base_without_statistics_asks_for_them_and_uses_the_given_ones(lerobot, tmp_path, width):
+def test_base_without_statistics_requires_norm_stats(lerobot, tmp_path, width):
     lerobot.forget_statistics()
     kind = "quantile" if lerobot.golden.kind == "pi05" else "z_score"
     spec = lerobot.spec()
@@ -361,7 +361,7 @@ def test_base_without_statistics_asks_for_them_and_uses_the_given_ones(lerobot, 
     np.testing.assert_allclose(policy.prepare(observation)[1]["state"][:width], expected, rtol=1e-6)
 
 
-def test_base_with_bounds_that_norm_stats_lack_says_what_they_are(pi05, tmp_path):
+def test_base_with_min_max_warns_that_it_uses_quantiles(pi05, tmp_path):
     for file, name in ((BEFORE, "normalizer_processor"), (AFTER, "unnormalizer_processor")):
         pi05.edit(file, lambda d, n=name: step(d, n)["config"]["norm_map"].update(STATE="MIN_MAX", ACTION="MIN_MAX"))
     pi05.forget_statistics()
@@ -372,7 +372,7 @@ def test_base_with_bounds_that_norm_stats_lack_says_what_they_are(pi05, tmp_path
 @pytest.mark.parametrize(
     ("feature", "key", "other"), [("observation.state.", "state", "actions"), ("action.", "actions", "state")]
 )
-def test_statistics_of_one_quantity_only_are_said(lerobot, feature, key, other):
+def test_missing_statistics_of_state_or_actions_warn(lerobot, feature, key, other):
     lerobot.change_statistics(lambda a: {k: v for k, v in a.items() if not k.startswith(feature)} or {"x": np.zeros(1)})
     with pytest.warns(UserWarning, match=f"has no statistics of {key}, which is therefore not normalized"):
         spec = lerobot.spec()
@@ -390,7 +390,7 @@ def test_identity_needs_no_statistics(lerobot):
     assert {rule.kind for rule in spec.normalization.values()} == {"identity"}
 
 
-def test_stats_compare_says_that_a_base_has_none(lerobot):
+def test_stats_compare_with_base_without_statistics_is_an_error(lerobot):
     from torchpi.cli.stats import checkpoint_stats
 
     lerobot.forget_statistics()
@@ -412,7 +412,7 @@ def test_stats_compare_names_policies_of_another_type(pi05, kind):
 
 @pytest.fixture
 def port(golden_pi05, tmp_path):
-    """openpi's PyTorch checkpoint with other fields in its config.json, opened with the numbers of heads alone."""
+    """Open openpi's PyTorch checkpoint with other fields in its config.json, and stated numbers of heads."""
     root = shutil.copytree(golden_pi05.root / "openpi_pytorch", tmp_path / "port")
     sizes = json.loads(golden_pi05.config.read_text())
     heads = {part: {k: v for k, v in sizes[part].items() if "heads" in k} for part in ("siglip", "paligemma")}
@@ -435,7 +435,7 @@ def port(golden_pi05, tmp_path):
         ({"model_type": "paligemma"}, r"is a paligemma model of transformers.*npz"),
     ],
 )
-def test_openpi_config_with_other_fields_is_refused(port, fields, message):
+def test_openpi_config_with_unknown_fields_is_refused(port, fields, message):
     with pytest.raises(ValueError, match=message):
         port(fields)
 

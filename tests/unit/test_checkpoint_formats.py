@@ -1,4 +1,4 @@
-"""The four formats of checkpoints: read to the same bits, written so that each reads the others', and every bad one."""
+"""The four checkpoint formats: reading gives the same bits, conversions keep them, damaged files are errors."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def assert_same_weights(ours, theirs):
 
 @pytest.fixture(scope="session")
 def robot_file(tmp_path_factory, golden_root):
-    """The robot of golden's LeRobot policies, for formats that do not say theirs."""
+    """The robot of golden's LeRobot policies, for formats that do not store one."""
     path = tmp_path_factory.mktemp("robots")
     for kind in ("pi05", "pi0"):
         root = golden_root / kind
@@ -46,34 +46,34 @@ def robot_file(tmp_path_factory, golden_root):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_has_the_same_bits(golden, kind):
+def test_all_formats_load_the_same_bits(golden, kind):
     root = golden.root / FORMATS[kind]
     assert format_of(root) == kind
     assert_same_weights(torchpi.load_model(root, config=golden.config), golden.model())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_samples_the_originals_actions(golden, kind):
+def test_all_formats_sample_the_original_actions(golden, kind):
     model = torchpi.load_model(golden.root / FORMATS[kind], config=golden.config)
     with torch.no_grad():
         found = model.sample_actions(golden.observation(), noise=golden.inputs["noise"])
     torch.testing.assert_close(found, golden.outputs["sample_actions_10"], atol=2e-5, rtol=0)
 
 
-def test_lora_weights_are_folded_as_the_original_uses_them(golden):
+def test_folded_lora_weights_equal_the_original(golden):
     root = golden.root.parent / "lora" / golden.kind
     model = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0))
     with np.load(root / "outputs.npz") as outputs, torch.no_grad():
         found = model.sample_actions(golden.observation(), noise=golden.inputs["noise"])
         np.testing.assert_allclose(found.numpy(), outputs["sample_actions_10"], atol=2e-5)
-    # In bfloat16 the sum is rounded, not its parts.
+    # For bfloat16 the sum is rounded, not the summands.
     rounded = torchpi.load_model(
         root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0), dtype=torch.bfloat16
     )
     assert_same_weights(rounded, model.to(torch.bfloat16))
 
 
-def test_a_policy_has_folded_weights(golden_pi05, golden_root, robot_file):
+def test_policy_of_lora_checkpoint_has_folded_weights(golden_pi05, golden_root, robot_file):
     root = golden_root / "lora" / "pi05"
     options = {"config": root / "model_config.json", "lora_alpha": (8.0, 3.0)}
     said = {"embodiment": robot_file / "pi05.json", "tokenizer": golden_root / "tokenizer" / "tiny_spm.model"}
@@ -90,7 +90,7 @@ def test_unused_arrays_are_named_and_not_loaded(golden):
     assert opened.tied == ""
 
 
-def test_spec_has_the_checkpoints_statements(golden):
+def test_spec_has_what_the_checkpoint_states(golden):
     spec = open_checkpoint(golden.checkpoint).spec()
     assert (spec.embodiment, spec.norm_stats, spec.normalization) == (None, None, None)
     assert list(spec.assets) == ["tiny_robot"]
@@ -100,7 +100,7 @@ def test_spec_has_the_checkpoints_statements(golden):
     assert set(spec.norm_stats) == set(spec.normalization) == {"state", "actions"}
 
 
-def test_an_adapter_of_another_format_than_lerobots_is_an_error(tmp_path):
+def test_peft_adapter_for_another_format_is_an_error(tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": "demo", "r": 2, "lora_alpha": 4}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
@@ -118,7 +118,7 @@ def test_overruled_and_adapted_settings_are_notes(golden):
     assert f"was adapted: action_horizon: {explicit.action_horizon} to 3" in note
 
 
-def test_config_file_gives_settings_that_no_array_has(golden):
+def test_config_json_sets_fields_that_no_array_determines(golden):
     explicit = torchpi.Pi0Config.from_json(golden.config)
     opened = open_checkpoint(golden.root / "openpi_pytorch", config=golden.config).stored_config
     assert (opened.action_horizon, opened.max_token_len) == (explicit.action_horizon, None)
@@ -128,7 +128,7 @@ def test_config_file_gives_settings_that_no_array_has(golden):
 
 
 @pytest.mark.parametrize("kind", ["pi05", "pi0"])
-def test_the_table_has_every_array_of_the_full_size_port(golden_root, kind):
+def test_table_has_every_array_of_the_full_size_port(golden_root, kind):
     lines = (golden_root / f"keys_fullsize_openpi_pytorch_{kind}.txt").read_text().splitlines()
     stored = {}
     for line in (line for line in lines if not line.startswith("#")):
@@ -143,7 +143,7 @@ def test_the_table_has_every_array_of_the_full_size_port(golden_root, kind):
     assert {name: shape for name, shape in table.items() if shape != stored[name] and "action_" not in name} == {}
 
 
-def test_changing_a_model_changes_no_file(golden_pi05, tmp_path):
+def test_changing_a_model_does_not_change_its_file(golden_pi05, tmp_path):
     root = shutil.copytree(golden_pi05.root / "lerobot", tmp_path / "policy")
     before = (root / "model.safetensors").read_bytes()
     model = torchpi.load_model(root, config=golden_pi05.config)
@@ -157,7 +157,7 @@ def test_changing_a_model_changes_no_file(golden_pi05, tmp_path):
 # LeRobot's processors
 
 
-def test_lerobots_processors_give_the_same_numbers(golden):
+def test_lerobot_processors_give_the_same_numbers(golden):
     policy = torchpi.load_policy(golden.root / "lerobot", config=golden.config)
     tasks = json.loads((golden.root / "outputs_lerobot_processors.json").read_text())["tasks"]
     with np.load(golden.root / "outputs_lerobot_processors.npz") as arrays:
@@ -193,7 +193,7 @@ def load(root, golden):
     return torchpi.load_policy(root, config=golden.config)
 
 
-def test_lerobots_relative_actions_cameras_and_names(lerobot, golden_pi05):
+def test_lerobot_relative_actions_cameras_and_names(lerobot, golden_pi05):
     root, edit = lerobot
     names = ["shoulder", "Left_Gripper", *(f"joint_{i}" for i in range(30))]
 
@@ -233,7 +233,7 @@ def test_lerobots_relative_actions_cameras_and_names(lerobot, golden_pi05):
     np.testing.assert_allclose(here - absolute, np.broadcast_to(offset, (50, 32)), atol=1e-5)
 
 
-def test_an_observation_without_any_image_is_an_error(golden):
+def test_observation_without_any_image_is_an_error(golden):
     policy = load(golden.root / "lerobot", golden)
     with pytest.raises(KeyError, match="has no image that embodiment 'lerobot' reads"):
         policy.infer({"observation.state": np.zeros(len(policy.embodiment.state_names)), "prompt": "go"})
@@ -247,7 +247,7 @@ def test_an_observation_without_any_image_is_an_error(golden):
         ("IDENTITY", "identity", None),
     ],
 )
-def test_lerobots_other_normalizations(lerobot, golden_pi05, mode, kind, bounds):
+def test_lerobot_normalization_modes(lerobot, golden_pi05, mode, kind, bounds):
     root, edit = lerobot
     for name, which in (("policy_preprocessor.json", "normalizer"), ("policy_postprocessor.json", "unnormalizer")):
         edit(
@@ -294,7 +294,7 @@ def test_lerobot_policy_with_contradicting_settings_is_refused(lerobot, golden_p
         load(root, golden_pi05)
 
 
-# Bad files
+# Damaged files
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def test_wrong_arrays_are_named(port, golden_pi05, change, message):
         torchpi.load_model(port, config=golden_pi05.config)
 
 
-def test_a_truncated_file_is_an_error(port, golden_pi05):
+def test_truncated_file_is_an_error(port, golden_pi05):
     content = (port / "model.safetensors").read_bytes()
     for length in (0, 4, 100, len(content) // 2):
         (port / "model.safetensors").write_bytes(content[:length])
@@ -336,13 +336,13 @@ def test_a_truncated_file_is_an_error(port, golden_pi05):
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04 a zip", b"\x80\x04 a pickle"])
-def test_a_zip_or_pickle_is_refused(port, golden_pi05, content):
+def test_zip_or_pickle_is_refused(port, golden_pi05, content):
     (port / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="a zip archive or a pickle, not safetensors; it is not read"):
         torchpi.load_model(port, config=golden_pi05.config)
 
 
-def test_a_header_whose_length_looks_like_a_pickle_is_read(port, golden_pi05):
+def test_header_whose_length_looks_like_a_pickle_is_read(port, golden_pi05):
     arrays = safetensors.torch.load_file(port / "model.safetensors")
     for padding in range(0, 2048, 8):
         safetensors.torch.save_file(arrays, port / "model.safetensors", metadata={"x": "x" * padding})
@@ -353,7 +353,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(port, golden_pi05):
     assert_same_weights(torchpi.load_model(port, config=golden_pi05.config), golden_pi05.model())
 
 
-def test_a_file_that_may_be_a_pickle_is_refused_by_its_path(tmp_path):
+def test_path_of_a_possible_pickle_is_refused(tmp_path):
     for name in ("model.pt", "pytorch_model.bin", "params.pkl"):
         (tmp_path / name).write_bytes(b"\x80\x04")
         with pytest.raises(ValueError, match="torchpi never unpickles"):
@@ -362,12 +362,12 @@ def test_a_file_that_may_be_a_pickle_is_refused_by_its_path(tmp_path):
         torchpi.load_model(tmp_path)
 
 
-def test_the_numbers_of_heads_are_asked_for(port):
+def test_unknown_numbers_of_heads_are_an_error(port):
     with pytest.raises(ValueError, match=r"pass config= with siglip.num_heads, paligemma.num_heads"):
         torchpi.load_model(port)
 
 
-def test_a_config_that_contradicts_the_arrays_is_an_error_unless_another_is_given(port, golden_pi05):
+def test_config_json_that_contradicts_the_arrays_is_an_error_without_config(port, golden_pi05):
     document = json.loads((port / "config.json").read_text())
     (port / "config.json").write_text(json.dumps({**document, "action_dim": 7}))
     with pytest.warns(UserWarning, match="config.json contradicts the arrays: action_dim is 7 there, 32 in the arrays"):
@@ -387,7 +387,7 @@ def test_two_formats_in_one_folder_are_an_error(port, golden_pi05):
 
 @pytest.fixture
 def shards(golden_pi05, tmp_path):
-    """openpi's PyTorch format in three shards, as the hub's tools write them."""
+    """openpi's PyTorch format in three shards, as huggingface_hub writes them."""
     root = tmp_path / "sharded"
     root.mkdir()
     weights = safetensors.torch.load_file(golden_pi05.root / "openpi_pytorch" / "model.safetensors")
@@ -399,14 +399,14 @@ def shards(golden_pi05, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["openpi-pytorch", "lerobot"])
-def test_other_systems_get_one_file_which_is_all_that_they_read(to, golden_pi05, tmp_path):
-    """LeRobot 0.6 continues with random weights where there are shards."""
+def test_other_formats_are_written_as_one_file(to, golden_pi05, tmp_path):
+    """LeRobot 0.6 uses random weights if the checkpoint is sharded."""
     convert(golden_pi05.root / "lerobot", tmp_path / "out", to, config=golden_pi05.config, max_shard_bytes=300_000)
     assert [file.name for file in (tmp_path / "out").glob("model*.safetensors")] == ["model.safetensors"]
 
 
-def test_lerobot_gets_a_tokenizer_that_transformers_can_read(golden_pi05, tmp_path):
-    """The settings that made π₀'s tokens of golden texts with transformers 5.5.4."""
+def test_lerobot_tokenizer_settings_are_transformers(golden_pi05, tmp_path):
+    """Settings with which transformers 5.5.4 gave π₀'s tokens for the golden texts."""
     convert(golden_pi05.root / "lerobot", tmp_path / "out", "lerobot", config=golden_pi05.config, check=False)
     settings = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer_config.json").read_text())
     assert settings == {
@@ -420,7 +420,7 @@ def test_lerobot_gets_a_tokenizer_that_transformers_can_read(golden_pi05, tmp_pa
     }
 
 
-def test_a_prompt_that_lerobot_does_not_have_is_refused(golden_pi05, tmp_path):
+def test_pi05_without_state_in_prompt_is_refused_for_lerobot(golden_pi05, tmp_path):
     config = dataclasses.replace(torchpi.Pi0Config.from_json(golden_pi05.config), discrete_state_input=False)
     refused = pytest.raises(ValueError, match="discrete_state_input is False: LeRobot always has the state")
     with pytest.warns(UserWarning, match="overrides discrete_state_input"), refused:
@@ -443,26 +443,26 @@ def edit_index(root, change):
 @pytest.mark.parametrize(
     "name", ["../model-00001-of-00002.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a\\b"]
 )
-def test_an_index_that_leads_out_of_its_folder_is_refused(shards, golden_pi05, name):
+def test_index_with_paths_outside_its_folder_is_refused(shards, golden_pi05, name):
     edit_index(shards, lambda weight_map: weight_map.update({"time_mlp_in.bias": name}))
     with pytest.raises(ValueError, match="only files next to the index are read"):
         torchpi.load_model(shards, config=golden_pi05.config)
 
 
-def test_an_index_and_shards_that_disagree_are_an_error(shards, golden_pi05):
+def test_index_and_shards_that_disagree_are_an_error(shards, golden_pi05):
     edit_index(shards, lambda weight_map: weight_map.pop("time_mlp_in.bias"))
     with pytest.raises(ValueError, match=r"the files disagree about time_mlp_in.bias"):
         torchpi.load_model(shards, config=golden_pi05.config)
 
 
-def test_an_array_in_two_shards_is_an_error(shards, golden_pi05):
+def test_array_in_two_shards_is_an_error(shards, golden_pi05):
     first, *_, last = sorted(shards.glob("*.safetensors"))
     shutil.copy(first, last)
     with pytest.raises(ValueError, match=rf" twice, in {first.name} and in {last.name}"):
         torchpi.load_model(shards, config=golden_pi05.config)
 
 
-def test_an_empty_index_and_one_beside_whole_weights_are_errors(shards, golden_pi05):
+def test_empty_index_and_index_next_to_whole_weights_are_errors(shards, golden_pi05):
     edit_index(shards, lambda weight_map: weight_map.clear())
     with pytest.raises(ValueError, match="is no index: weight_map is empty"):
         torchpi.load_model(shards, config=golden_pi05.config)
@@ -471,7 +471,7 @@ def test_an_empty_index_and_one_beside_whole_weights_are_errors(shards, golden_p
         torchpi.load_model(shards, config=golden_pi05.config)
 
 
-def test_a_missing_shard_is_named(shards, golden_pi05):
+def test_missing_shard_is_named(shards, golden_pi05):
     next(iter(sorted(shards.glob("*.safetensors")))).unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00001-of-\d+.safetensors does not exist; the index names it"):
         torchpi.load_model(shards, config=golden_pi05.config)
@@ -498,7 +498,7 @@ def test_lora_arrays_without_their_pair_are_an_error(golden_pi05, tmp_path):
         torchpi.load_model(golden_pi05.checkpoint, lora_alpha=(16.0, 32.0))
 
 
-# Converting
+# Conversions
 
 
 ALL_FORMATS = [*FORMATS, "torchpi"]
@@ -513,7 +513,7 @@ RING = set(zip(ALL_FORMATS, ALL_FORMATS[1:] + ALL_FORMATS[:1], strict=True))
         for pair in itertools.product(ALL_FORMATS, repeat=2)
     ],
 )
-def test_a_conversion_keeps_every_bit(golden, tmp_path, robot_file, golden_root, source, target):
+def test_conversion_keeps_every_bit(golden, tmp_path, robot_file, golden_root, source, target):
     said = {"embodiment": robot_file / f"{golden.kind}.json", "tokenizer": golden_root / "tokenizer" / "tiny_spm.model"}
     if source == "torchpi":
         convert(golden.root / "lerobot", tmp_path / "policy", "torchpi", config=golden.config, check=False)
@@ -522,10 +522,10 @@ def test_a_conversion_keeps_every_bit(golden, tmp_path, robot_file, golden_root,
     report = convert(root, tmp_path / "out", target, config=golden.config, **(said if needs else {}))
     assert (report.source_format, report.target_format) == (source, target)
     assert report.array_difference == 0
-    assert report.action_difference < 2e-5  # of a few units; openpi and LeRobot normalize in other precisions
+    assert report.action_difference < 2e-5  # actions have a few units; openpi and LeRobot normalize in other precisions
     model = torchpi.load_model(tmp_path / "out", config=golden.config)
     assert_same_weights(model, golden.model())
-    # Nothing is lost on the way to formats that say everything.
+    # These formats store everything.
     if source in ("torchpi", "lerobot") and target in ("torchpi", "lerobot"):
         ours, theirs = (load(path, golden) for path in (tmp_path / "out", root))
         assert ours.embodiment == theirs.embodiment
@@ -536,7 +536,7 @@ def test_a_conversion_keeps_every_bit(golden, tmp_path, robot_file, golden_root,
         )
 
 
-def test_a_conversion_to_lerobot_writes_golden_files(golden, tmp_path):
+def test_conversion_to_lerobot_writes_golden_files(golden, tmp_path):
     convert(golden.root / "lerobot", tmp_path / "out", "lerobot", config=golden.config)
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
         ours, theirs = (json.loads((root / name).read_text()) for root in (tmp_path / "out", golden.root / "lerobot"))
@@ -556,7 +556,7 @@ def test_a_conversion_to_lerobot_writes_golden_files(golden, tmp_path):
         assert torch.equal(array, theirs[name]) or name.endswith(EXPERT_LM_HEAD)
 
 
-def test_a_conversion_to_openpi_pytorch_writes_what_its_strict_loader_needs(golden, tmp_path):
+def test_conversion_to_openpi_pytorch_writes_arrays_for_strict_loading(golden, tmp_path):
     convert(golden.checkpoint, tmp_path / "out", "openpi-pytorch", config=golden.config)
     ours, theirs = (
         safetensors.torch.load_file(root / "model.safetensors")
@@ -572,7 +572,7 @@ def test_a_conversion_to_openpi_pytorch_writes_what_its_strict_loader_needs(gold
     assert (tmp_path / "out" / stats).read_bytes() == (golden.checkpoint / stats).read_bytes()
 
 
-def test_orbax_metadata_is_as_orbax_writes_it(golden, tmp_path):
+def test_metadata_equals_orbax(golden, tmp_path):
     convert(golden.root / "openpi_pytorch", tmp_path / "out", "openpi-jax", config=golden.config)
 
     def read(root, name):
@@ -589,7 +589,7 @@ def test_orbax_metadata_is_as_orbax_writes_it(golden, tmp_path):
     )
 
 
-def test_a_conversion_may_round_to_bfloat16(golden_pi05, tmp_path):
+def test_conversion_can_round_to_bfloat16(golden_pi05, tmp_path):
     for target in ("openpi-jax", "openpi-pytorch"):
         report = convert(
             golden_pi05.checkpoint, tmp_path / target, target, config=golden_pi05.config, dtype=torch.bfloat16
@@ -599,7 +599,7 @@ def test_a_conversion_may_round_to_bfloat16(golden_pi05, tmp_path):
         assert_same_weights(model, golden_pi05.model(dtype=torch.bfloat16))
 
 
-def test_a_policy_folder_says_where_it_comes_from(golden_pi05, tmp_path):
+def test_converted_policy_folder_states_its_source(golden_pi05, tmp_path):
     convert(golden_pi05.root / "lerobot", tmp_path / "out", "torchpi", config=golden_pi05.config)
     provenance = json.loads((tmp_path / "out" / "policy.json").read_text())["provenance"]
     converted = provenance["converted"]
@@ -609,7 +609,7 @@ def test_a_policy_folder_says_where_it_comes_from(golden_pi05, tmp_path):
     assert converted["date"].startswith("20")
 
 
-def test_a_failed_conversion_leaves_nothing(golden_pi05, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_no_files(golden_pi05, tmp_path, monkeypatch):
     from torchpi import convert as module
 
     def full(*_, **__):
@@ -634,8 +634,8 @@ def test_only_a_checkpoint_is_overwritten(golden_pi05, tmp_path):
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
 
 
-def test_a_folder_called_demo_or_a_file_of_a_checkpoint_is_not_overwritten(golden_pi05, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # as a source, "demo" is the embedded policy, and a file stands for its folder
+def test_folder_named_demo_or_file_of_a_checkpoint_is_not_overwritten(golden_pi05, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as a source, "demo" is the embedded policy, and a file means its folder
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "chapter.tex").write_text("years")
     convert("demo", tmp_path / "policy", "torchpi", check=False)
@@ -648,14 +648,14 @@ def test_a_folder_called_demo_or_a_file_of_a_checkpoint_is_not_overwritten(golde
 
 
 @pytest.mark.parametrize("to", ["torchpi", "openpi-jax"])
-def test_a_dtype_that_checkpoints_do_not_have_is_an_error(tmp_path, to):
+def test_unsupported_dtype_is_an_error(tmp_path, to):
     with pytest.raises(ValueError, match="Weights are written in float32 or bfloat16, got float16"):
         convert("demo", tmp_path / "out", to, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("offline")
-def test_openpi_needs_no_tokenizer_and_policies_do(lerobot, golden_pi05, tmp_path):
+def test_only_policies_need_a_tokenizer(lerobot, golden_pi05, tmp_path):
     root, _ = lerobot
     shutil.rmtree(root / "tokenizer")
     convert(root, tmp_path / "out", "openpi-jax", config=golden_pi05.config)
@@ -679,7 +679,7 @@ def test_weights_that_read_back_differently_are_reported(golden_pi05, tmp_path, 
     assert (report.array_difference, report.action_difference) == (float("inf"), float("inf"))
 
 
-def test_a_config_file_that_is_no_json_is_named(port, tmp_path):
+def test_config_json_that_is_no_json_is_named(port, tmp_path):
     (tmp_path / "sizes.json").write_text("{")
     with pytest.raises(ValueError, match=r"sizes\.json is not valid JSON"):
         torchpi.load_model(port, config=tmp_path / "sizes.json")
@@ -715,7 +715,7 @@ def test_robot_with_mapped_depth_cannot_be_converted_to_lerobot(tmp_path, golden
         )
 
 
-def test_the_command_reports_and_refuses(golden_pi05, tmp_path, capsys):
+def test_convert_command_reports_and_refuses(golden_pi05, tmp_path, capsys):
     arguments = [
         str(golden_pi05.root / "lerobot"),
         str(tmp_path / "out"),
@@ -736,12 +736,12 @@ def test_the_command_reports_and_refuses(golden_pi05, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["target_format"] == "openpi-jax"
 
 
-# Adapting
+# Adapting sizes
 
 
 @pytest.mark.parametrize("width", [4, 40])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_model_is_cut_or_extended_on_request_only(golden, kind, width):
+def test_model_is_adapted_only_on_request(golden, kind, width):
     config = dataclasses.replace(
         torchpi.Pi0Config.from_json(golden.config), action_dim=width, action_horizon=5, max_token_len=30
     )
@@ -771,7 +771,7 @@ def test_a_model_is_cut_or_extended_on_request_only(golden, kind, width):
         )
 
 
-def test_an_extended_model_predicts_the_same_in_the_old_dimensions(golden):
+def test_extended_model_keeps_predictions_of_old_dimensions(golden):
     old = golden.model()
     config = dataclasses.replace(old.config, action_dim=old.config.action_dim + 3)
     with pytest.warns(UserWarning, match="was adapted"):

@@ -1,4 +1,4 @@
-"""Checksums of weights: damage is an error with the file's name, and never other numbers."""
+"""Checksums of weights: damaged files are errors that name the file."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ def test_embedded_policy_has_the_checksums_of_its_weights(demo):
     assert (demo / "model.safetensors.checksums.json").read_text() == found
 
 
-def test_a_flipped_bit_is_an_error_that_names_the_file(demo):
+def test_flipped_bit_is_an_error_that_names_the_file(demo):
     flip(demo / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged.*from byte 0 on.*--no-verify"):
         torchpi.load_policy(demo)
@@ -45,13 +45,13 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(demo):
     torchpi.load_policy(demo, verify=False)
 
 
-def test_a_folder_without_checksums_loads_as_before(demo):
+def test_folder_without_checksums_loads(demo):
     (demo / "model.safetensors.checksums.json").unlink()
     flip(demo / "model.safetensors")
     torchpi.load_model(demo)
 
 
-def test_a_shard_of_another_checkpoint_is_an_error(tmp_path):
+def test_shard_of_another_checkpoint_is_an_error(tmp_path):
     policy = torchpi.load_policy("demo")
     policy.save(tmp_path / "old", max_shard_bytes=4_000_000)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_a_shard_of_another_checkpoint_is_an_error(tmp_path):
         torchpi.load_model(tmp_path / "new")
 
 
-def test_blocks_tell_where_a_file_is_damaged_or_ends(tmp_path, monkeypatch):
+def test_error_names_the_damaged_or_missing_block(tmp_path, monkeypatch):
     monkeypatch.setattr(checksums, "_BLOCK_BYTES", 1000)
     file = tmp_path / "a.safetensors"
     file.write_bytes(bytes(range(256)) * 10)
@@ -81,20 +81,20 @@ def test_blocks_tell_where_a_file_is_damaged_or_ends(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="from byte 2000 on"):
         checksums.require_intact(file, [file.name])
-    with pytest.raises(CheckpointError, match="from byte 0 on"):  # a file that the document does not list
+    with pytest.raises(CheckpointError, match="from byte 0 on"):  # a file without checksums in the document
         checksums.require_intact(file, [shutil.copy(file, tmp_path / "b.safetensors").name])
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"block_bytes": 1, "crc32": {}}', '{"crc32": 1', '{"crc32": {"a": 1}}'])
-def test_damaged_checksums_are_an_error_that_names_them(demo, text):
+def test_damaged_checksums_file_is_named(demo, text):
     (demo / "model.safetensors.checksums.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.checksums\.json"):
         torchpi.load_model(demo)
 
 
-def test_quantized_folders_and_lerobot_conversions_carry_checksums(tmp_path):
+def test_quantized_folders_and_lerobot_conversions_have_checksums(tmp_path):
     policy = torchpi.load_policy("demo")
-    config = policy.model.config  # its numbers of heads are in no array
+    config = policy.model.config  # no array determines the numbers of heads
     convert("demo", tmp_path / "lerobot", "lerobot", check=False)
     quantize_model(policy.model, "int8")
     policy.save(tmp_path / "int8")
@@ -105,7 +105,7 @@ def test_quantized_folders_and_lerobot_conversions_carry_checksums(tmp_path):
             torchpi.load_model(tmp_path / name, config=config)
 
 
-def test_adapters_carry_checksums(tmp_path):
+def test_adapters_have_checksums(tmp_path):
     model = torchpi.load_model("demo")
     attach_lora(model, LoraConfig(backbone_rank=2, expert_rank=2))
     save_adapter(model, tmp_path / "adapter", base={"address": "demo", "dtype": "float32"}, trained=())

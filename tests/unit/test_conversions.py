@@ -1,4 +1,4 @@
-"""Conversions keep what a policy does: its normalization by the target's formula, and every number of its weights."""
+"""Conversions keep actions: normalization is rewritten for the target's rules, and weights keep every bit."""
 
 import itertools
 import json
@@ -50,13 +50,13 @@ def some_stats(seed=0, scale=1.0):
         ("torchpi", {"sizes": {"width": 3}}, "width can't be adapted; action_dim, "),
     ],
 )
-def test_conversions_that_can_not_be(to, options, message, tmp_path):
+def test_impossible_conversions_are_errors(to, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert("demo", tmp_path / "out", to, **options)
     assert not (tmp_path / "out").exists()
 
 
-# Statistics for another formula
+# Statistics for another normalization rule
 
 
 @pytest.mark.parametrize("target", [rule for rule in RULES if rule.kind != "identity"])
@@ -79,7 +79,7 @@ def assert_same_numbers(rule, target, seed, scale):
     assert constant == []
 
 
-def test_mean_and_deviation_become_quantiles_with_the_eps_counted():
+def test_mean_and_std_become_quantiles_including_eps():
     stats = stats_of([1.0, 2.0], [0.5, 3.0])
     new, _ = rewrite_stats(
         stats, Normalization("z_score", "openpi"), Normalization("quantile", "openpi"), what="state", names=("a", "b")
@@ -89,7 +89,7 @@ def test_mean_and_deviation_become_quantiles_with_the_eps_counted():
     assert (new.mean.tolist(), new.std.tolist()) == ([1.0, 2.0], [0.5, 3.0])
 
 
-def test_the_same_formula_leaves_statistics_alone():
+def test_same_rule_leaves_statistics_unchanged():
     stats = some_stats()
     for rule in RULES:
         assert (
@@ -100,7 +100,7 @@ def test_the_same_formula_leaves_statistics_alone():
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.kind != "identity"])
 @pytest.mark.parametrize("target", [Normalization("z_score", "openpi"), Normalization("quantile", "openpi")])
-def test_a_constant_dimension_keeps_its_number_and_is_named(rule, target):
+def test_constant_dimension_keeps_its_value_and_is_named(rule, target):
     stats = stats_of([1.0, 3.0, 0.0], [0.5, 0.0, 0.0], q01=[0.0, 3.0, 0.0], q99=[2.0, 3.0, 0.0])
     new, constant = rewrite_stats(stats, rule, target, what="state", names=("x", "grip", "unused"))
     assert constant == ([] if rule == target else ["grip", "unused"]) or (rule, target) == (RULES[0], RULES[2])
@@ -108,7 +108,7 @@ def test_a_constant_dimension_keeps_its_number_and_is_named(rule, target):
     np.testing.assert_allclose(normalize(x, new, target), normalize(x, stats, rule), atol=1e-5)
 
 
-def test_a_range_below_the_eps_is_an_error():
+def test_range_below_the_eps_is_an_error():
     stats = stats_of([0.0, 0.0], [0.5, 1e-7])
     with pytest.raises(
         ValueError, match="can't be expressed as quantile with openpi's eps for actions thumb: the range"
@@ -118,7 +118,7 @@ def test_a_range_below_the_eps_is_an_error():
         )
 
 
-def test_only_dimensions_of_the_robot_have_to_fit():
+def test_only_the_robots_dimensions_are_checked():
     padded = stats_of([0.0, 0.0], [0.5, 1e-7])
     new, constant = rewrite_stats(
         padded, Normalization("z_score", "lerobot"), Normalization("quantile"), what="actions", names=("x",)
@@ -130,7 +130,7 @@ def test_only_dimensions_of_the_robot_have_to_fit():
 
 
 def lerobot(golden, root, state="z_score", actions=None, stats=None, dtype=None):
-    """LeRobot's policy of a robot with fewer joints than the golden one, normalized otherwise."""
+    """A LeRobot policy for a robot with fewer joints than the golden one, and with other normalization rules."""
     root = shutil.copytree(golden.root / "lerobot", root)
     norm_map = {"VISUAL": "IDENTITY", "STATE": MODES[state], "ACTION": MODES[actions or state]}
     for name in ("config.json", "policy_preprocessor.json", "policy_postprocessor.json"):
@@ -156,7 +156,7 @@ def lerobot(golden, root, state="z_score", actions=None, stats=None, dtype=None)
 
 
 def as_used(root, like, golden, full):
-    """A checkpoint as its own programs use it, who know the robot of an openpi checkpoint."""
+    """A checkpoint as its own program uses it; for openpi, with the policy's robot."""
     if open_checkpoint(root, config=full).format in ("torchpi", "lerobot"):
         return torchpi.load_policy(root, config=golden.config, truncation="original")
     tokenizer = golden.root.parent / "tokenizer" / "tiny_spm.model"
@@ -181,20 +181,20 @@ def assert_same_actions(found, expected, tolerance=2e-5):
 @pytest.mark.parametrize(
     ("to", "state", "act"), [("openpi-jax", "z_score", None), ("openpi-pytorch", "identity", "min_max")]
 )
-def test_openpi_normalizes_pi05_otherwise_and_acts_alike(golden_pi05, tmp_path, to, state, act):
+def test_conversion_to_openpi_normalization_keeps_actions(golden_pi05, tmp_path, to, state, act):
     policy = torchpi.load_policy(lerobot(golden_pi05, tmp_path / "policy", state, act), config=golden_pi05.config)
     report = convert(tmp_path / "policy", tmp_path / "out", to, config=golden_pi05.config)
     there = as_used(tmp_path / "out", policy, golden_pi05, policy.model.config)
     assert {rule.kind for rule in there.transforms.normalization.values()} == {"quantile"}
     assert_same_actions(actions(there), actions(policy))
     assert report.action_difference < 1e-5
-    assert report.action_difference < report.input_difference  # LeRobot resizes images otherwise
+    assert report.action_difference < report.input_difference  # LeRobot resizes images differently
     printed = str(report)
     assert f"normalization of state changes from {state} with lerobot's eps to quantile with openpi's" in printed
     assert "q01 and q99, which are no longer quantiles of the data, are rewritten" in printed
 
 
-def test_lerobots_pi0_in_quantiles_acts_alike_in_openpi_but_for_prompts_that_it_cleans(golden_pi0, tmp_path):
+def test_lerobot_pi0_with_quantiles_differs_in_openpi_only_by_prompt_cleaning(golden_pi0, tmp_path):
     golden = golden_pi0
     policy = torchpi.load_policy(lerobot(golden, tmp_path / "policy", "quantile", "z_score"), config=golden.config)
     report = convert(tmp_path / "policy", tmp_path / "out", "openpi-jax", config=golden.config)
@@ -202,10 +202,10 @@ def test_lerobots_pi0_in_quantiles_acts_alike_in_openpi_but_for_prompts_that_it_
     assert_same_actions(actions(there), actions(policy))
     assert report.action_difference < 1e-5 < 1e-2 < report.input_difference
     assert "note: openpi cleans the prompt" in str(report)
-    assert f"white space around it, _ or newlines by {report.input_difference:g}" in str(report)
+    assert f"white space around it, _ or newlines, by {report.input_difference:g}" in str(report)
 
 
-def test_a_policy_without_quantiles_gets_some_for_openpi(golden_pi05, tmp_path):
+def test_quantiles_are_added_for_openpi(golden_pi05, tmp_path):
     def cut(arrays):
         for name in [name for name in arrays if name.endswith((".q01", ".q99"))]:
             del arrays[name]
@@ -218,14 +218,14 @@ def test_a_policy_without_quantiles_gets_some_for_openpi(golden_pi05, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_lerobots_statistics_may_have_another_dtype(golden_pi05, tmp_path, dtype):
+def test_lerobot_statistics_may_have_any_float_dtype(golden_pi05, tmp_path, dtype):
     exact = torchpi.load_policy(lerobot(golden_pi05, tmp_path / "exact"), config=golden_pi05.config)
     policy = torchpi.load_policy(lerobot(golden_pi05, tmp_path / "policy", dtype=dtype), config=golden_pi05.config)
     expected = torch.tensor(exact.transforms.norm_stats["state"].mean.tolist()).to(dtype).double().numpy()
     np.testing.assert_array_equal(policy.transforms.norm_stats["state"].mean, expected)
 
 
-def test_statistics_for_lerobot_count_openpis_eps(golden_pi0, tmp_path):
+def test_statistics_for_lerobot_include_openpis_eps(golden_pi0, tmp_path):
     convert(
         lerobot(golden_pi0, tmp_path / "policy"), tmp_path / "own", "torchpi", config=golden_pi0.config, check=False
     )
@@ -233,7 +233,7 @@ def test_statistics_for_lerobot_count_openpis_eps(golden_pi0, tmp_path):
     document["normalization"] = {key: {"kind": "z_score", "eps_rule": "openpi"} for key in ("state", "actions")}
     (tmp_path / "own" / "policy.json").write_text(json.dumps(document))
     stats = json.loads((tmp_path / "own" / "norm_stats.json").read_text())
-    stats["norm_stats"]["actions"]["std"] = [1e-4] * DIM  # of which an eps of 1e-6 is a hundredth
+    stats["norm_stats"]["actions"]["std"] = [1e-4] * DIM  # an eps of 1e-6 is a hundredth of it
     (tmp_path / "own" / "norm_stats.json").write_text(json.dumps(stats))
     report = convert(tmp_path / "own", tmp_path / "out", "lerobot")
     written = safetensors.torch.load_file(next(tmp_path.glob("out/*unnormalizer*.safetensors")))
@@ -242,13 +242,13 @@ def test_statistics_for_lerobot_count_openpis_eps(golden_pi0, tmp_path):
     assert "normalization of actions changes from z_score with openpi's eps to z_score with lerobot's" in str(report)
 
 
-def test_a_base_without_statistics_says_how_it_is_normalized(golden_pi05, tmp_path):
+def test_base_without_statistics_notes_its_normalization(golden_pi05, tmp_path):
     root = lerobot(golden_pi05, tmp_path / "base", stats=dict.clear)
     report = convert(root, tmp_path / "out", "openpi-pytorch", config=golden_pi05.config, check=False)
     assert "the source normalizes state by z_score and actions by z_score, openpi both by quantile" in str(report)
 
 
-def test_openpis_policy_that_was_normalized_otherwise(golden_pi05, tmp_path):
+def test_statistics_of_openpi_policy_are_rewritten_for_its_normalization(golden_pi05, tmp_path):
     robot = {"embodiment": torchpi.load_policy(golden_pi05.root / "lerobot", config=golden_pi05.config).embodiment}
     convert(
         golden_pi05.checkpoint,
@@ -266,7 +266,7 @@ def test_openpis_policy_that_was_normalized_otherwise(golden_pi05, tmp_path):
     np.testing.assert_allclose(after.q99, before.mean + before.std, rtol=1e-12)
 
 
-def test_cameras_that_openpi_drops_are_refused_and_other_names_are_noted(golden_pi05, tmp_path):
+def test_additional_cameras_are_refused_and_renamed_ones_noted_for_openpi(golden_pi05, tmp_path):
     root = lerobot(golden_pi05, tmp_path / "policy")
     document = json.loads((root / "config.json").read_text())
     features = document["input_features"]
@@ -283,7 +283,7 @@ def test_cameras_that_openpi_drops_are_refused_and_other_names_are_noted(golden_
     assert not (tmp_path / "more").exists()
 
 
-# Numbers
+# Dtypes
 
 
 def dtypes(root):
@@ -291,7 +291,7 @@ def dtypes(root):
 
 
 def port_in_bfloat16(golden, root):
-    """openpi's PyTorch checkpoint as a training in bfloat16 leaves it: norms and patch embeddings are float32."""
+    """openpi's PyTorch checkpoint as saved by a bfloat16 training: norms and patch embeddings are float32."""
     shutil.copytree(golden.root / "openpi_pytorch", root)
     wide = ("patch_embedding", "position_embedding", "layernorm", "model.norm")
     arrays = safetensors.torch.load_file(root / "model.safetensors")
@@ -306,7 +306,7 @@ def same_numbers(root, other, config):
 
 
 @pytest.mark.parametrize("through", ["lerobot", *(pytest.param(to, marks=pytest.mark.slow) for to in FORMATS[:2])])
-def test_arrays_of_other_dtypes_keep_them(golden_pi05, tmp_path, through):
+def test_arrays_keep_their_dtypes(golden_pi05, tmp_path, through):
     source, config = port_in_bfloat16(golden_pi05, tmp_path / "port"), golden_pi05.config
     robot = torchpi.load_policy(golden_pi05.root / "lerobot", config=config).embodiment
     tokenizer = golden_pi05.root.parent / "tokenizer" / "tiny_spm.model"
@@ -320,7 +320,7 @@ def test_arrays_of_other_dtypes_keep_them(golden_pi05, tmp_path, through):
     assert same_numbers(source, tmp_path / "out", config)
 
 
-def test_trained_float32_arrays_beside_frozen_bfloat16_ones_are_kept(golden_pi05, tmp_path):
+def test_float32_arrays_next_to_bfloat16_ones_are_kept(golden_pi05, tmp_path):
     arrays = JaxArrays(golden_pi05.checkpoint / "params")
     half = {name for name in arrays.shapes if name.startswith("PaliGemma") and "_1" not in name}
     root = shutil.copytree(golden_pi05.checkpoint, tmp_path / "mixed")
@@ -332,14 +332,14 @@ def test_trained_float32_arrays_beside_frozen_bfloat16_ones_are_kept(golden_pi05
     report = convert(root, tmp_path / "port", "openpi-pytorch", config=golden_pi05.config)
     assert (report.array_difference, report.action_difference) == (0, 0)
     assert same_numbers(root, tmp_path / "port", golden_pi05.config)
-    # bfloat16 there would round the action expert as it is loaded.
+    # With bfloat16 in config.json, loading would round the action expert.
     assert json.loads((tmp_path / "port" / "config.json").read_text())["precision"] == "float32"
     again = convert(tmp_path / "port", tmp_path / "again", "openpi-jax", config=golden_pi05.config, check=False)
     assert again.dtype == "bfloat16 and float32"
     assert JaxArrays(tmp_path / "again" / "params").dtypes == JaxArrays(root / "params").dtypes
 
 
-def test_rounding_is_said_with_its_largest_difference(golden_pi05, tmp_path):
+def test_rounding_is_noted_with_its_largest_error(golden_pi05, tmp_path):
     weights = golden_pi05.model().state_dict().values()
     largest = max(float((value - value.bfloat16().float()).abs().max()) for value in weights)
     said = f"weights are rounded, by at most {largest:g}"
@@ -350,7 +350,7 @@ def test_rounding_is_said_with_its_largest_difference(golden_pi05, tmp_path):
             assert (said in str(report)) == ("rounded" in str(report)) == (dtype is torch.bfloat16)
 
 
-def test_folded_lora_weights_are_float32_and_the_others_stay(golden_root, tmp_path):
+def test_folded_lora_weights_are_float32_and_others_keep_their_dtype(golden_root, tmp_path):
     lora = golden_root / "lora" / "pi05"
     arrays = JaxArrays(lora / "jax_ckpt" / "100" / "params")
     (tmp_path / "frozen" / "params").mkdir(parents=True)
@@ -369,7 +369,7 @@ def test_folded_lora_weights_are_float32_and_the_others_stay(golden_root, tmp_pa
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_config_json_states_bfloat16_only_where_lerobot_rounds_nothing():
+def test_config_json_states_bfloat16_only_if_lerobot_rounds_no_array():
     body = "model.paligemma_with_expert.paligemma.model."
     half = {f"{body}language_model.layers.0.mlp.up_proj.weight": torch.bfloat16}
     assert stated_dtype(half) == "bfloat16"
@@ -384,10 +384,10 @@ def test_config_json_states_bfloat16_only_where_lerobot_rounds_nothing():
 
 
 def step_to(here, there, to, first, golden):
-    """Convert, with what openpi's formats do not say, and compare the actions by the target's own rules."""
+    """Convert, adding what openpi's formats do not store, and compare the actions under the target's rules."""
     full, tokenizer = first.model.config, golden.root.parent / "tokenizer" / "tiny_spm.model"
     needs = open_checkpoint(here, config=full).format.startswith("openpi") and not to.startswith("openpi")
-    # Images are all of the model's size here, which every program uses as they are.
+    # All images have the model's size, so that no program resizes them.
     said = {"embodiment": first.embodiment, "tokenizer": tokenizer, "preprocessing": "openpi"} if needs else {}
     convert(here, there, to, config=full, check=False, **said)
     assert_same_actions(actions(as_used(there, first, golden, full)), actions(first))
@@ -397,7 +397,7 @@ def step_to(here, there, to, first, golden):
     "chain",
     [("openpi-pytorch", "lerobot"), pytest.param(("openpi-jax", "torchpi", "lerobot"), marks=pytest.mark.slow)],
 )
-def test_actions_stay_the_same_on_a_way_through_formats(golden_pi05, tmp_path, chain):
+def test_chain_of_conversions_keeps_actions(golden_pi05, tmp_path, chain):
     first = torchpi.load_policy(lerobot(golden_pi05, tmp_path / "0", "quantile", "z_score"), config=golden_pi05.config)
     for i, to in enumerate(chain):
         step_to(tmp_path / str(i), tmp_path / str(i + 1), to, first, golden_pi05)
@@ -405,7 +405,7 @@ def test_actions_stay_the_same_on_a_way_through_formats(golden_pi05, tmp_path, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("state", "act"), [*((mode, mode) for mode in MODES), ("quantile", "z_score")])
-def test_actions_stay_the_same_between_all_pairs_of_formats(golden, tmp_path, state, act):
+def test_conversion_between_any_two_formats_keeps_actions(golden, tmp_path, state, act):
     first = torchpi.load_policy(lerobot(golden, tmp_path / "0", state, act), config=golden.config)
     for source in FORMATS:
         step_to(tmp_path / "0", tmp_path / source, source, first, golden)

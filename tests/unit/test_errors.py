@@ -1,4 +1,4 @@
-"""Text from outside in messages."""
+"""Helpers for error messages: untrusted text, lists, suggestions."""
 
 import io
 
@@ -21,19 +21,19 @@ from torchpi.ui.tables import Column, PlainConsole, Table, grid
         (ValueError("x\ty"), r"x\ty"),
     ],
 )
-def test_text_from_outside_is_one_line_without_control_characters(text, shown):
+def test_printable_escapes_control_characters(text, shown):
     assert printable(text) == shown
     assert printable(text).encode()
 
 
-def test_counts_and_lists_are_read_aloud():
+def test_counted_and_listed_form_english_phrases():
     assert [counted(count, "episode") for count in (0, 1, 2)] == ["0 episodes", "1 episode", "2 episodes"]
     assert counted(2, "process", "processes") == "2 processes"
     assert [listed("abc"[:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
     assert listed((6, 7, 8), "or") == "6, 7 or 8"
 
 
-def test_unknown_names_come_with_the_nearest():
+def test_unknown_names_suggest_the_closest():
     assert did_you_mean("so1o1", ["so100", "so101"]) == " (did you mean so101?)"
     assert did_you_mean("nothing", ["so101"]) == ""
     with pytest.raises(KeyError, match=r"no environment 'metawrld' \(did you mean metaworld\?\); expected "):
@@ -44,11 +44,11 @@ def test_unknown_names_come_with_the_nearest():
         read_config("pi05_liberoo")
 
 
-def test_a_suite_may_have_its_own_name():
+def test_suite_with_or_without_prefix_is_accepted():
     assert environment_name("libero", "libero_10") == environment_name("libero", "10")
 
 
-def test_long_text_keeps_its_ends_and_states_its_length():
+def test_long_text_keeps_both_ends_and_states_its_length():
     text = printable("begin" + "x" * 10**6 + "end", 100)
     assert len(text) < 150
     assert text.startswith("begin")
@@ -65,7 +65,7 @@ def test_list_of_names_is_short_and_printable():
     assert len(first_of(["k" * 3000] * 9000)) < 5000
 
 
-def test_names_from_outside_are_text_on_the_terminal():
+def test_untrusted_names_are_plain_text_on_the_terminal():
     file = io.StringIO()
     name = "x\x1b[2J [bold]y[/bold]\r"
     console = PlainConsole(file=file, width=200, force_terminal=True, color_system=None)

@@ -1,4 +1,4 @@
-"""Weights as people have them: PEFT adapters, .npz files, names with prefixes, run folders, other dtypes."""
+"""Weights from other programs: PEFT adapters, .npz files, names with prefixes, run folders, other dtypes."""
 
 import json
 import pathlib
@@ -42,11 +42,11 @@ def rewrite(root, change):
     return root
 
 
-# Adapters of PEFT
+# PEFT adapters
 
 
 class Adapter:
-    """A LoRA of rank 3 on queries and values of the action expert and on one projection, with what PEFT writes."""
+    """PEFT adapter of rank 3 on queries and values of the action expert, and on one projection."""
 
     def __init__(self, base, root):
         self.base, self.root, random = base, root, torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ class Adapter:
         return self.root
 
     def merged(self, target, scales):
-        """The base with the updates in its weights, as a checkpoint without an adapter."""
+        """A checkpoint of the base with the updates merged into its weights."""
         root = shutil.copytree(self.base, target)
 
         def merge(arrays):
@@ -120,7 +120,7 @@ def test_adapter_is_folded_into_its_base(adapter, golden_pi05, tmp_path, config,
     )
 
 
-def test_saved_modules_replace_the_bases(adapter, golden_pi05):
+def test_modules_to_save_replace_the_bases(adapter, golden_pi05):
     weight, bias = torch.randn(32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(32.0)
     saved = "base_model.model.model.action_out_proj."
     adapter.arrays |= {f"{saved}weight": weight, f"{saved}bias": bias}
@@ -129,7 +129,7 @@ def test_saved_modules_replace_the_bases(adapter, golden_pi05):
     assert torch.equal(model.action_out_proj.bias, bias)
 
 
-def test_policy_of_an_adapter_has_its_processors_and_converts(adapter, golden_pi05, tmp_path):
+def test_policy_of_an_adapter_uses_its_processors_and_converts(adapter, golden_pi05, tmp_path):
     root = adapter.write()
     policy = torchpi.load_policy(root, config=golden_pi05.config)
     assert policy.embodiment.name == "lerobot"
@@ -138,7 +138,7 @@ def test_policy_of_an_adapter_has_its_processors_and_converts(adapter, golden_pi
     assert_same_weights(torchpi.load_model(tmp_path / "out"), policy.model)
 
 
-def test_changed_weights_of_a_bfloat16_base_are_float32_and_the_others_stay(adapter, golden_pi05, tmp_path):
+def test_updated_weights_of_a_bfloat16_base_are_float32(adapter, golden_pi05, tmp_path):
     rewrite(adapter.base, lambda arrays: {name: array.bfloat16() for name, array in arrays.items()})
     root = adapter.write()
     report = convert(root, tmp_path / "out", "lerobot", config=golden_pi05.config, check=False)
@@ -150,7 +150,7 @@ def test_changed_weights_of_a_bfloat16_base_are_float32_and_the_others_stay(adap
     assert_same_weights(torchpi.load_model(tmp_path / "out", config=golden_pi05.config), expected)
 
 
-def test_changes_of_text_heads_are_dropped_and_said(adapter, golden_pi05):
+def test_updates_of_text_heads_are_dropped_with_reason(adapter, golden_pi05):
     for half, shape in (("A", (3, 64)), ("B", (512, 3))):
         name = f"base_model.model.model.paligemma_with_expert.paligemma.lm_head.lora_{half}.weight"
         adapter.arrays[name] = torch.ones(shape)
@@ -158,7 +158,7 @@ def test_changes_of_text_heads_are_dropped_and_said(adapter, golden_pi05):
     assert checkpoint.dropped[name] == "they update a text head, which is not read"
 
 
-def test_base_may_lie_next_to_the_adapter_and_config_name_it(adapter, golden_pi05):
+def test_base_may_be_next_to_the_adapter_or_named_in_config(adapter, golden_pi05):
     root = adapter.write(base_model_name_or_path="../base")
     assert open_checkpoint(root, config=golden_pi05.config).format == "lerobot"
     document = json.loads((root / "config.json").read_text())
@@ -194,7 +194,7 @@ def test_base_may_lie_next_to_the_adapter_and_config_name_it(adapter, golden_pi0
         ({"modules_to_save": ["time_mlp_in"]}, r"lacks time_mlp_in, which adapter_config.json names"),
     ],
 )
-def test_adapter_that_is_more_than_lora_is_refused_by_name(adapter, golden_pi05, monkeypatch, config, message):
+def test_adapter_with_unsupported_settings_is_refused(adapter, golden_pi05, monkeypatch, config, message):
     monkeypatch.setattr(peft, "_MATCH_SECONDS", 0.5)
     with pytest.raises(ValueError, match=message):
         torchpi.load_model(adapter.write(**config), config=golden_pi05.config)
@@ -214,18 +214,18 @@ def test_adapter_that_is_more_than_lora_is_refused_by_name(adapter, golden_pi05,
          "action_in_proj.weight and a second change of the same array"),
     ],
 )  # fmt: skip
-def test_arrays_of_an_adapter_that_fit_nothing_are_named(adapter, golden_pi05, change, message):
+def test_adapter_arrays_that_do_not_fit_are_named(adapter, golden_pi05, change, message):
     change(adapter.arrays)
     with pytest.raises(ValueError, match=message):
         torchpi.load_model(adapter.write(), config=golden_pi05.config)
 
 
-def test_adapter_whose_base_is_missing_names_it(adapter, golden_pi05):
+def test_missing_base_of_an_adapter_is_named(adapter, golden_pi05):
     with pytest.raises(FileNotFoundError, match="is a LoRA adapter for /nowhere/base: There is no checkpoint"):
         torchpi.load_model(adapter.write(base_model_name_or_path="/nowhere/base"), config=golden_pi05.config)
 
 
-def test_adapters_that_are_each_others_base_are_an_error(adapter, golden_pi05, tmp_path):
+def test_cyclic_bases_are_an_error(adapter, golden_pi05, tmp_path):
     root = adapter.write(base_model_name_or_path=str(tmp_path / "other"))
     shutil.copytree(root, tmp_path / "other")
     (tmp_path / "other" / "adapter_config.json").write_text(
@@ -236,7 +236,7 @@ def test_adapters_that_are_each_others_base_are_an_error(adapter, golden_pi05, t
 
 
 @pytest.mark.parametrize("path", ["~no_such_user/base", "a" * 5000])
-def test_path_that_no_file_can_have_is_not_there(path):
+def test_invalid_path_does_not_exist(path):
     with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
         torchpi.load_model(path)
 
@@ -263,7 +263,7 @@ def test_adapter_beside_whole_weights_is_an_error(adapter, golden_pi05):
     ],
     ids=["compile", "ddp", "both", "lightning", "attribute", "fsdp"],
 )
-def test_prefixes_of_wrappers_are_left_out(base, golden_pi05, rename):
+def test_wrapper_prefixes_are_stripped(base, golden_pi05, rename):
     rewrite(base, lambda arrays: {rename(name): array for name, array in arrays.items()})
     assert_same_weights(torchpi.load_model(base, config=golden_pi05.config), golden_pi05.model())
 
@@ -277,7 +277,7 @@ def test_weights_with_and_without_a_prefix_are_an_error(base, golden_pi05):
 # The tied embedding
 
 
-def test_embeddings_that_differ_are_an_error_with_the_choice(base, golden_pi05):
+def test_different_embeddings_require_a_choice(base, golden_pi05):
     other = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     right = safetensors.torch.load_file(base / "model.safetensors")[E]
     rewrite(base, lambda arrays: {**arrays, E: other, L: right})
@@ -291,7 +291,7 @@ def test_embeddings_that_differ_are_an_error_with_the_choice(base, golden_pi05):
     assert open_checkpoint(base, config=golden_pi05.config, embedding="lm_head").dropped[E] == "lm_head is used"
 
 
-def test_choice_of_an_embedding_that_is_stored_once_is_refused(golden_pi05):
+def test_embedding_choice_for_single_embedding_is_refused(golden_pi05):
     with pytest.raises(ValueError, match="stores the embedding under two names"):
         torchpi.load_model("demo", embedding="lm_head")
     with pytest.raises(ValueError, match="stores the embedding under two names"):
@@ -310,7 +310,7 @@ def test_policy_folder_without_its_policy_json_is_named(golden_pi05, tmp_path):
 
 
 def flat(arrays, *, prefix="", suffix="", dtype=np.float32, skip="PaliGemma/"):
-    """The arrays of a JAX checkpoint under names joined by "/"."""
+    """Arrays of a JAX checkpoint with names joined by "/"."""
     read = ((name, arrays.read(name, torch.float32).numpy().astype(dtype)) for name in arrays.shapes)
     return {f"{prefix}{name.replace('.', '/').removeprefix(skip)}{suffix}": array for name, array in read}
 
@@ -326,7 +326,7 @@ def jax_arrays(golden):
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [("", ""), ("params/", "/value")])
-def test_whole_model_in_an_npz_is_read(golden, jax_arrays, tmp_path, prefix, suffix):
+def test_npz_of_a_whole_model_is_read(golden, jax_arrays, tmp_path, prefix, suffix):
     np.savez(tmp_path / "weights.npz", **flat(jax_arrays, prefix=prefix, suffix=suffix, skip=""))
     assert_same_weights(torchpi.load_model(tmp_path / "weights.npz", config=golden.config), golden.model())
     assert_same_weights(torchpi.load_model(tmp_path, config=golden.config), golden.model())
@@ -343,7 +343,7 @@ def test_damaged_array_of_an_npz_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("prefix", "dtype"), [("", np.float32), ("params/", np.float16)])
-def test_paligemma_gives_vision_and_backbone_and_the_rest_is_drawn(golden, jax_arrays, tmp_path, prefix, dtype):
+def test_paligemma_npz_fills_vision_and_backbone_and_draws_the_rest(golden, jax_arrays, tmp_path, prefix, dtype):
     jax_arrays.shapes = {name: shape for name, shape in jax_arrays.shapes.items() if is_paligemmas(name)}
     file = tmp_path / "pt_224.npz"
     np.savez(file, **flat(jax_arrays, prefix=prefix, dtype=dtype))
@@ -370,7 +370,7 @@ def test_bfloat16_in_an_npz_is_read(golden, jax_arrays, tmp_path):
     assert_same_weights(model, golden.model(dtype=torch.bfloat16))
 
 
-def test_training_begins_from_paligemma_with_its_own_seed(golden_pi05, tmp_path):
+def test_training_from_paligemma_uses_its_seed(golden_pi05, tmp_path):
     from torchpi.training.config import ModelConfig, TrainConfig
     from torchpi.training.weights import build_model, open_init
 
@@ -409,19 +409,19 @@ def npz_with(file, header, data=b"", compression=zipfile.ZIP_STORED):
          "x is encrypted, or has a compression that NumPy does not use"),
     ],
 )  # fmt: skip
-def test_npz_whose_members_lie_is_refused_before_it_is_read(tmp_path, header, options, message):
+def test_npz_with_inconsistent_headers_is_refused_before_reading(tmp_path, header, options, message):
     npz_with(tmp_path / "weights.npz", header, **options)
     with pytest.raises(ValueError, match=f"no .npz file, or is damaged: .*{message}"):
         torchpi.load_model(tmp_path / "weights.npz", config="pi05")
 
 
-def test_npz_of_a_big_endian_machine_is_read(golden, jax_arrays, tmp_path):
+def test_big_endian_npz_is_read(golden, jax_arrays, tmp_path):
     np.savez(tmp_path / "weights.npz", **flat(jax_arrays, skip="", dtype=">f4"))
     assert_same_weights(torchpi.load_model(tmp_path / "weights.npz", config=golden.config), golden.model())
 
 
 @pytest.mark.parametrize("array", [np.zeros(2, np.int8), np.array([{}], dtype=object), np.zeros(2, np.float64)])
-def test_npz_of_other_dtypes_is_refused(tmp_path, array):
+def test_npz_with_unsupported_dtype_is_refused(tmp_path, array):
     np.savez(tmp_path / "weights.npz", x=array)
     with pytest.raises(ValueError, match="weights must be float32, bfloat16 or float16, but x has"):
         torchpi.load_model(tmp_path / "weights.npz", config="pi05")
@@ -447,7 +447,7 @@ def test_pi0_fast_is_named(golden_pi05, tmp_path):
         "normalize_targets.x.min",
     ],
 )
-def test_policy_of_lerobot_before_04_is_told_how_to_migrate(base, golden_pi05, name):
+def test_policy_of_lerobot_before_04_names_the_migration(base, golden_pi05, name):
     (base / "policy_preprocessor.json").unlink()
     rewrite(base, lambda arrays: arrays.update({name: torch.zeros(7)}))
     with pytest.raises(

@@ -58,19 +58,19 @@ MODEL = {  # in a repository
 
 
 class Server:
-    """Files by HTTP, what was asked for, and what goes wrong."""
+    """HTTP server for files, with a log of requests and injected failures."""
 
     def __init__(self, files):
         self.files = dict(files)
         self.requests = []  # path, file, range
         self.headers = []
-        self.status = {}  # of all requests whose path contains the key
-        self.drops = collections.defaultdict(list)  # file: after how many bytes each connection breaks
-        self.sends = {}  # file: What is sent instead, with a fitting Content-Length
-        self.lists = {}  # file: what the list says of it instead
-        self.no_ranges = False  # files are sent whole, whatever range is asked for
-        self.wrong_ranges = False  # ranges begin at the first byte, whatever is asked for
-        self.encoding = None  # of all files
+        self.status = {}  # status of all requests whose path contains the key
+        self.drops = collections.defaultdict(list)  # file: number of bytes after which each connection breaks
+        self.sends = {}  # file: content to send instead, with its Content-Length
+        self.lists = {}  # file: fields to change in the server's list
+        self.no_ranges = False  # ignore ranges, and send whole files with status 200
+        self.wrong_ranges = False  # send every range from the first byte on, with status 206
+        self.encoding = None  # Content-Encoding of all files
         self.sent = 0
         server = self
 
@@ -104,7 +104,7 @@ class Server:
             self.http.server_close()
 
     def reads(self):
-        """Of each file that was asked for: the ranges."""
+        """Requested ranges of each file."""
         found = collections.defaultdict(list)
         for _, name, range_ in self.requests:
             if name:
@@ -173,7 +173,7 @@ class Server:
 
 
 class Bucket(Server):
-    """The XML API of Google Cloud Storage; two objects on a page."""
+    """The XML API of Google Cloud Storage, with two objects per page."""
 
     def file_of(self, path):
         name = path.removeprefix("/bucket/")
@@ -202,7 +202,7 @@ class Bucket(Server):
 
 
 class Hub(Server):
-    """The API of the Hugging Face Hub; files over 1 kB are LFS's."""
+    """The API of the Hugging Face Hub; files over 1 kB are in LFS."""
 
     api, files_at, commit = "/api/models/org/name", "/org/name", COMMIT
 
@@ -230,7 +230,7 @@ class Hub(Server):
 
 
 class DatasetHub(Hub):
-    """The same for datasets."""
+    """The Hub's API for datasets."""
 
     api, files_at = "/api/datasets/org/name", "/datasets/org/name"
 
@@ -265,20 +265,20 @@ def repository(monkeypatch, home):
 
 @pytest.fixture(params=["bucket", "repository"])
 def server(request):
-    """Each of the two."""
+    """A bucket, and a repository."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The libraries retry without waiting."""
+    """Retry less often, and without waiting."""
     monkeypatch.setattr(sources, "_RETRIES", 2)
     monkeypatch.setattr(sources.Repository, "retries", 2)
     monkeypatch.setattr(hub, "_PAUSE", 0)
 
 
 def interrupt(server, monkeypatch, arrived=100_000):
-    """A download that ends when so many bytes of the large file have arrived."""
+    """Fail a download after this many bytes of the large file."""
     with monkeypatch.context() as patch:
         patch.setattr(sources, "_RETRIES", 0)
         patch.setattr(sources.Repository, "retries", 0)
@@ -294,7 +294,7 @@ def contents(root):
 
 
 def complete(server):
-    """The files that a complete folder has."""
+    """Expected contents of a complete folder."""
     if isinstance(server, Hub):
         return {
             name: MODEL[name] for name in ("config.json", "model.safetensors", "sub/policy.json", "tokenizer.model")
@@ -303,7 +303,7 @@ def complete(server):
 
 
 def write_record(server):
-    """As a download does."""
+    """Write a .download.json as a download does."""
     is_hub = isinstance(server, Hub)
     note = (server.top if is_hub else server.root).with_name(f"{'main' if is_hub else server.root.name}.download.json")
     checksum = f"sha256:{hashlib.sha256(BIG).hexdigest()}" if is_hub else f"md5:{hashlib.md5(BIG).hexdigest()}"
@@ -311,10 +311,10 @@ def write_record(server):
     note.write_text(json.dumps({"address": server.address, "files": files}))
 
 
-# What comes, and where it goes
+# Downloaded files and their paths
 
 
-def test_a_folder_downloads_the_files_of_a_policy(server):
+def test_folder_downloads_only_policy_files(server):
     assert fetch(server.address) == server.root
     assert contents(server.root) == complete(server)
     assert sorted(server.reads()) == sorted(
@@ -324,7 +324,7 @@ def test_a_folder_downloads_the_files_of_a_policy(server):
     )
 
 
-def test_a_complete_download_needs_no_request(server):
+def test_complete_download_needs_no_request(server):
     fetch(server.address)
     server.stop()
     assert contents(fetch(server.address)) == complete(server)
@@ -347,7 +347,7 @@ def test_one_file_and_one_folder_of_a_repository(repository, home):
     assert sorted(repository.reads()) == ["README.md", "sub/policy.json", "tokenizer.model"]
 
 
-def test_a_revision_has_its_own_folder_and_the_commit_is_recorded(repository, home):
+def test_revision_has_its_own_folder_and_recorded_commit(repository, home):
     assert fetch(f"hf://org/name@{COMMIT}/config.json") == home / f"hf/org/name/{COMMIT}/config.json"
     fetch("hf://org/name")
     note = json.loads((home / "hf/org/name/main.download.json").read_text())
@@ -357,7 +357,7 @@ def test_a_revision_has_its_own_folder_and_the_commit_is_recorded(repository, ho
 
 
 @pytest.mark.parametrize("revision", [quote(BRANCHES[0], safe=""), BRANCHES[1]])
-def test_a_branch_of_a_checkpoint_may_have_a_slash(revision, repository, home):
+def test_branch_of_a_checkpoint_may_have_a_slash(revision, repository, home):
     path = fetch(f"hf://org/name@{revision}/sub")
     assert path == home / "hf/org/name" / quote(unquote(revision), safe="") / "sub"
     assert contents(path) == {"policy.json": b"{} "}
@@ -372,18 +372,18 @@ def test_complete_folder_serves_a_part_without_request(bucket):
     assert fetch(f"gs://bucket/{bucket.big}").read_bytes() == BIG
 
 
-def test_the_parameters_alone(bucket):
+def test_params_folder_only(bucket):
     assert contents(fetch(f"gs://bucket/{BASE}/params")) == {"_METADATA": b"{}", "d/0a1b": BIG, "empty": b""}
 
 
-def test_the_default_home(bucket, tmp_path, monkeypatch):
+def test_default_cache_folder(bucket, tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHPI_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     path = fetch("gs://bucket/paligemma_tokenizer.model")
     assert path == tmp_path / "user/.cache/torchpi/gs/bucket/paligemma_tokenizer.model"
 
 
-def test_a_home_may_be_relative_or_the_users(bucket, tmp_path, monkeypatch):
+def test_cache_folder_may_be_relative_or_begin_with_tilde(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHPI_HOME", "here")
     assert fetch("gs://bucket/paligemma_tokenizer.model").is_relative_to(tmp_path / "here")
@@ -392,14 +392,14 @@ def test_a_home_may_be_relative_or_the_users(bucket, tmp_path, monkeypatch):
     assert fetch("gs://bucket/paligemma_tokenizer.model").is_relative_to(tmp_path / "user/there")
 
 
-def test_the_progress_is_on_stderr(bucket, capfd):
+def test_progress_is_on_stderr(bucket, capfd):
     fetch(bucket.address)
     out, err = capfd.readouterr()
     assert out == ""
     assert "300k/300k" in err
 
 
-def test_nobodys_account_is_used_for_buckets(bucket):
+def test_buckets_are_read_anonymously(bucket):
     fetch(bucket.address)
     assert not any("Authorization" in headers for headers in bucket.headers)
 
@@ -407,7 +407,7 @@ def test_nobodys_account_is_used_for_buckets(bucket):
 # Interruptions
 
 
-def test_a_dropped_connection_is_taken_up_where_it_stopped(server, waits):
+def test_dropped_connection_resumes(server, waits):
     server.drops[server.big] = [100_000]
     fetch(server.address)
     first, second = server.reads()[server.big]
@@ -416,7 +416,7 @@ def test_a_dropped_connection_is_taken_up_where_it_stopped(server, waits):
     assert contents(server.root) == complete(server)
 
 
-def test_an_interrupted_download_is_continued_by_the_next(server, monkeypatch):
+def test_interrupted_download_resumes_on_next_fetch(server, monkeypatch):
     interrupt(server, monkeypatch)
     part = server.top / f"{server.big}.part"
     assert part.read_bytes() == BIG[:100_000]
@@ -427,13 +427,13 @@ def test_an_interrupted_download_is_continued_by_the_next(server, monkeypatch):
     assert contents(server.root) == complete(server)
 
 
-def test_failures_are_counted_anew_once_something_arrived(server, waits):
+def test_progress_resets_the_failure_count(server, waits):
     server.drops[server.big] = [10_000, 0, 10_000, 0, 10_000, 0, 10_000, 0, 10_000, 0]
     fetch(server.address)
     assert contents(server.root) == complete(server)
 
 
-def test_too_many_failures_in_a_row(server, waits):
+def test_too_many_failures_in_a_row_are_an_error(server, waits):
     server.drops[server.big] = [100_000, *[0] * 20]
     with pytest.raises(FileNotFoundError) as caught:
         fetch(server.address)
@@ -443,7 +443,7 @@ def test_too_many_failures_in_a_row(server, waits):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_server_that_is_busy_is_asked_again(bucket, waits, status):
+def test_busy_server_is_retried(bucket, waits, status):
     bucket.status = {"/bucket": [status]}
     fetch(bucket.address)
     assert contents(bucket.root) == complete(bucket)
@@ -487,7 +487,7 @@ def test_waiting_for_another_process_prints_a_message(bucket, home, capfd):
     assert contents(bucket.root) == complete(bucket)
 
 
-# Wrong contents
+# Wrong contents and metadata
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_waiting_for_another_process_prints_a_message(bucket, home, capfd):
     [(BIG[:-1], "299999 bytes"), (BIG + b"x", "more than 300000 bytes"), (BIG[:-1] + b"x", "another checksum")],
     ids=["short", "long", "other"],
 )
-def test_a_file_of_wrong_size_or_checksum_is_an_error_and_deleted(server, waits, sent, found):
+def test_wrong_size_or_checksum_is_an_error_and_deletes_the_file(server, waits, sent, found):
     server.sends[server.big] = sent
     with pytest.raises(
         ValueError, match=rf"{found}; expected 300000 bytes with (md5|sha256):\w+\. They are deleted; try"
@@ -507,14 +507,14 @@ def test_a_file_of_wrong_size_or_checksum_is_an_error_and_deleted(server, waits,
     assert contents(fetch(server.address)) == complete(server)
 
 
-def test_a_small_file_of_a_repository_has_a_size_to_fit(repository, waits):
+def test_small_file_is_checked_by_size(repository, waits):
     repository.sends["config.json"] = b"{}}"
     with pytest.raises(ValueError, match=r"resolve/main/config\.json: got more than 2 bytes; expected 2 bytes\."):
         fetch(repository.address)
     assert "config.json" not in contents(repository.root)
 
 
-def test_endless_body_is_not_taken(repository):
+def test_endless_response_is_cut_off(repository):
     repository.sends["config.json"] = ENDLESS
     with pytest.raises(ValueError, match=r"config\.json: got more than 2 bytes; expected 2 bytes\. They are deleted"):
         fetch(repository.address)
@@ -523,7 +523,7 @@ def test_endless_body_is_not_taken(repository):
 
 
 @pytest.mark.parametrize("fault", ["no_ranges", "wrong_ranges"])
-def test_file_begins_anew_where_ranges_are_not_honoured(server, waits, fault):
+def test_ignored_range_requests_restart_the_file(server, waits, fault):
     setattr(server, fault, True)
     server.drops[server.big] = [100_000]
     fetch(server.address)
@@ -533,7 +533,7 @@ def test_file_begins_anew_where_ranges_are_not_honoured(server, waits, fault):
     assert contents(server.root) == complete(server)
 
 
-def test_attempts_without_progress_end(server, waits):
+def test_attempts_without_progress_are_limited(server, waits):
     server.no_ranges = True
     server.drops[server.big] = [100_000] * 50
     with pytest.raises(FileNotFoundError, match="cannot be downloaded now"):
@@ -569,7 +569,7 @@ def test_listed_sizes_are_numbers_of_bytes(repository, size):
     assert not repository.reads()
 
 
-def test_more_than_the_disk_has_room_for_is_not_begun(server):
+def test_download_larger_than_free_space_does_not_start(server):
     server.lists[server.big] = {
         "size": 10**18,
         "Size": 10**18,
@@ -584,7 +584,7 @@ def test_more_than_the_disk_has_room_for_is_not_begun(server):
     assert not server.reads()
 
 
-def test_list_without_an_end_is_an_error(repository, bucket, monkeypatch):
+def test_endless_or_duplicate_file_list_is_an_error(repository, bucket, monkeypatch):
     monkeypatch.setattr(sources, "_MAX_FILES", 3)
     for server in (repository, bucket):
         with pytest.raises(ValueError, match="the server lists more than 3 files; the list is damaged"):
@@ -596,13 +596,13 @@ def test_list_without_an_end_is_an_error(repository, bucket, monkeypatch):
 
 
 @pytest.mark.parametrize("entry", [{}, {"type": "file"}, {"type": "file", "path": 3, "oid": "0", "size": 2}, 3])
-def test_answers_of_another_kind_of_server_are_errors(repository, monkeypatch, entry):
+def test_responses_of_another_kind_of_server_are_errors(repository, monkeypatch, entry):
     monkeypatch.setattr(repository, "entry", lambda _: entry)
     with pytest.raises(ValueError, match=r"the server's answer is not that of a Hub|lists 3 with a size of 2"):
         fetch(repository.address)
 
 
-def test_redirects_in_a_circle_are_an_error(repository, waits, monkeypatch):
+def test_circular_redirects_are_an_error(repository, waits, monkeypatch):
     monkeypatch.setattr(
         repository,
         "send_file",
@@ -612,12 +612,12 @@ def test_redirects_in_a_circle_are_an_error(repository, waits, monkeypatch):
         fetch(repository.address)
 
 
-def test_an_object_that_was_put_together_from_parts_has_a_size_to_fit(bucket, waits):
+def test_composed_object_is_checked_by_size(bucket, waits):
     bucket.lists[bucket.big] = {"ETag": '"CJiUqbqX_IIDEAE="'}
     assert contents(fetch(bucket.address)) == complete(bucket)
 
 
-def test_a_file_of_another_size_than_recorded_is_downloaded_again(server):
+def test_file_with_unrecorded_size_is_downloaded_again(server):
     fetch(server.address)
     (server.top / server.big).write_bytes(BIG[:1000])
     server.requests.clear()
@@ -626,7 +626,7 @@ def test_a_file_of_another_size_than_recorded_is_downloaded_again(server):
     assert not [name for name in server.reads() if "params/_METADATA" in name]
 
 
-def test_the_beginning_of_another_version_is_an_error_once(server):
+def test_partial_file_of_another_version_is_an_error_once(server):
     part = server.top / f"{server.big}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"another version")
@@ -637,7 +637,7 @@ def test_the_beginning_of_another_version_is_an_error_once(server):
     assert (server.top / server.big).read_bytes() == BIG
 
 
-def test_a_download_that_is_continued_does_not_mix_versions(server, monkeypatch):
+def test_resumed_download_does_not_mix_versions(server, monkeypatch):
     interrupt(server, monkeypatch)
     server.files[server.big] = BIG[::-1]
     with pytest.raises(ValueError, match=r"another checksum; .*or delete .*\.download\.json"):
@@ -648,7 +648,7 @@ def test_a_download_that_is_continued_does_not_mix_versions(server, monkeypatch)
     assert (server.top / server.big).read_bytes() == BIG[::-1]
 
 
-def test_a_damaged_record_is_an_error(server):
+def test_damaged_record_is_an_error(server):
     fetch(server.address)
     note = server.root.with_name(server.root.name + ".download.json")
     note.write_text("{")
@@ -659,7 +659,7 @@ def test_a_damaged_record_is_an_error(server):
 @pytest.mark.parametrize(
     "name", ["../x.json", "/etc/x.json", "a/../../x.json", "a//x.json", "a\\..\\x.json", "./x.json"]
 )
-def test_names_that_lead_out_of_the_folder_are_an_error(server, home, name):
+def test_names_outside_the_folder_are_an_error(server, home, name):
     prefix = f"{BASE}/" if isinstance(server, Bucket) else ""
     server.files[prefix + name] = b"{}"
     with pytest.raises(ValueError, match="which would be outside of"):
@@ -669,7 +669,7 @@ def test_names_that_lead_out_of_the_folder_are_an_error(server, home, name):
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_is_an_error_that_says_what_to_do(server):
+def test_full_disk_is_an_error_with_advice(server):
     part = server.top / f"{server.big}.part"
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
@@ -703,7 +703,7 @@ def test_error_without_connection_names_the_cache_folder(server, waits):
     assert fetch(server.address) == server.root
 
 
-def test_one_file_without_a_connection(bucket, home, waits):
+def test_file_can_be_placed_by_hand(bucket, home, waits):
     bucket.stop()
     path = home / "gs/bucket/paligemma_tokenizer.model"
     url = "https://storage.googleapis.com/bucket/paligemma_tokenizer.model"
@@ -733,7 +733,7 @@ def test_missing_files_of_an_interrupted_download_may_be_placed_by_hand(server, 
 
 
 @pytest.mark.parametrize("rest", [(), (".DS_Store",)])
-def test_an_empty_folder_was_not_placed_by_hand(rest, bucket):
+def test_empty_folder_does_not_count_as_placed_by_hand(rest, bucket):
     bucket.root.mkdir(parents=True)
     for name in rest:
         (bucket.root / name).touch()
@@ -750,11 +750,11 @@ def test_many_missing_files_are_counted(bucket, waits):
     assert f"and 13 more, listed in {bucket.root}.download.json" in str(caught.value)
 
 
-# What is not there
+# Missing files and refused requests
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_private_repository_names_the_way_in(server, status, waits):
+def test_private_repository_error_explains_access(server, status, waits):
     server.status = {"/bucket": status, "/api/models": status}
     hint = (
         "set HF_TOKEN or run"
@@ -768,13 +768,13 @@ def test_a_private_repository_names_the_way_in(server, status, waits):
 @pytest.mark.parametrize(
     "address", ["gs://other-bucket/folder", "hf://org/other", "hf://org/name@other", "hf://other/name/sub"]
 )
-def test_missing_buckets_repositories_and_revisions(bucket, repository, address):
+def test_missing_buckets_repositories_and_revisions_are_errors(bucket, repository, address):
     with pytest.raises(FileNotFoundError, match=rf"{address} does not exist; check its parts"):
         fetch(address)
 
 
 @pytest.mark.parametrize("address", [f"gs://bucket/{BASE[:-1]}", "gs://bucket/nowhere", "hf://org/name/nowhere"])
-def test_missing_folders(bucket, repository, address):
+def test_missing_folders_are_an_error(bucket, repository, address):
     with pytest.raises(FileNotFoundError, match=rf"{address}: found nothing; expected a file, or a folder with"):
         fetch(address)
 
@@ -783,14 +783,14 @@ def test_missing_folders(bucket, repository, address):
     "address",
     [f"gs://bucket/{BASE}/train_state", "hf://org/name/pytorch_model.bin", f"gs://bucket/{BASE}/params/old.pkl"],
 )
-def test_pickles_and_train_states_do_not_come_even_when_asked_for(bucket, repository, address):
+def test_pickles_and_train_states_are_never_downloaded(bucket, repository, address):
     with pytest.raises(FileNotFoundError, match=r"found \S+.* Never downloaded are \*\.bin, \*\.pt"):
         fetch(address)
     assert not bucket.reads()
     assert not repository.reads()
 
 
-def test_another_refusal_is_an_error_of_its_own(server, waits):
+def test_other_refused_requests_are_a_separate_error(server, waits):
     server.status = {"/bucket": 400, "/api/models": 400}
     with pytest.raises(ValueError, match="the server refuses the request"):
         fetch(server.address)
@@ -807,12 +807,12 @@ def test_another_refusal_is_an_error_of_its_own(server, waits):
         "hf://org/name//sub", "hf://or g/name",
     ],
 )  # fmt: skip
-def test_malformed_addresses(address):
+def test_malformed_addresses_are_errors(address):
     with pytest.raises(ValueError, match=r"Malformed address '.*'; expected gs://bucket/path or hf://org/name"):
         fetch(address)
 
 
-def test_without_the_extra_the_error_names_the_command(home, monkeypatch):
+def test_missing_extra_names_the_install_command(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ModuleNotFoundError, match=r"need the extra 'gcs': pip install 'torchpi\[gcs\]'"):
         fetch("gs://bucket/path")
@@ -821,17 +821,17 @@ def test_without_the_extra_the_error_names_the_command(home, monkeypatch):
     assert fetch("gs://bucket/path").read_text() == "by hand"
 
 
-def test_for_its_statistics_a_checkpoint_is_not_downloaded(bucket):
+def test_reading_statistics_downloads_only_norm_stats(bucket):
     assert checkpoint_stats(f"{bucket.address}/") == {"trossen": {}}
     assert list(bucket.reads()) == [f"{BASE}/assets/trossen/norm_stats.json"]
 
 
-def test_a_checkpoint_without_assets_is_downloaded_for_its_statistics(repository):
+def test_reading_statistics_without_assets_downloads_the_checkpoint(repository):
     repository.files["norm_stats.json"] = b'{"norm_stats": {"state": {"mean": [0], "std": [1]}}}'
     assert set(checkpoint_stats(repository.address)["main"]) == {"state"}
 
 
-# Data sets
+# Datasets
 
 
 @pytest.fixture
@@ -856,7 +856,7 @@ def of_episode(number):
 META = {f"meta/{name}" for name in ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")}
 
 
-def test_a_dataset_downloads_the_files_of_its_episodes(datasets):
+def test_dataset_downloads_the_files_of_its_episodes(datasets):
     dataset = LeRobotDataset("hf://org/name", action_horizon=4, episodes=[1])
     assert set(contents(datasets.top)) == META | of_episode(1)
     original = LeRobotDataset(datasets.root_of_originals, action_horizon=4, episodes=[1])
@@ -864,14 +864,14 @@ def test_a_dataset_downloads_the_files_of_its_episodes(datasets):
         assert (dataset[7][key] == value).all() if hasattr(value, "all") else dataset[7][key] == value
     datasets.requests.clear()
     LeRobotDataset("hf://org/name", action_horizon=4)
-    assert set(datasets.reads()) == of_episode(0)  # nothing comes twice
+    assert set(datasets.reads()) == of_episode(0)  # no file is downloaded twice
     datasets.stop()
     assert len(LeRobotDataset("hf://org/name@main", action_horizon=4)) == len(
         LeRobotDataset(datasets.root_of_originals, action_horizon=4)
     )
 
 
-def test_a_dataset_without_images_downloads_the_numbers(datasets):
+def test_dataset_without_cameras_downloads_no_videos(datasets):
     LeRobotDataset("hf://org/name", action_horizon=4, cameras=["observation.images.wrist"], episodes=[0])
     assert [name for name in datasets.reads() if "images.base" in name] == []
     datasets.requests.clear()
@@ -885,21 +885,21 @@ def test_statistics_of_a_dataset_need_no_video(datasets, capsys):
     assert set(datasets.reads()) == META | {"data/chunk-000/episode_000001.parquet"}
 
 
-def test_the_metadata_alone_choose_episodes(datasets):
+def test_selecting_episodes_downloads_only_metadata(datasets):
     assert select_episodes("hf://org/name", "task:reach*") == [0, 1]
     assert set(contents(datasets.top)) == META
 
 
-def test_files_of_a_dataset_are_of_one_commit(datasets):
+def test_files_of_a_dataset_are_from_one_commit(datasets):
     fetch_dataset("hf://org/name", ["meta/"])
-    datasets.commit = "f" * 40  # somebody has pushed
+    datasets.commit = "f" * 40  # a new commit on the server
     name = "data/chunk-000/episode_000000.parquet"
     fetch_dataset("hf://org/name", [name])
     assert contents(datasets.top)[name] == datasets.files[name]
     assert all(f"/{COMMIT}" in path for path, _, _ in datasets.requests[2:])
 
 
-def test_download_of_a_dataset_is_continued(datasets, waits):
+def test_download_of_a_dataset_resumes(datasets, waits):
     name = "data/chunk-000/episode_000000.parquet"
     datasets.drops[name] = [1000, *[0] * 3]
     with pytest.raises(FileNotFoundError, match="cannot be downloaded now"):
@@ -909,7 +909,7 @@ def test_download_of_a_dataset_is_continued(datasets, waits):
     assert contents(datasets.top)[name] == datasets.files[name]
 
 
-def test_a_damaged_file_of_a_dataset_is_an_error_and_deleted(datasets, waits):
+def test_damaged_file_of_a_dataset_is_an_error_and_deleted(datasets, waits):
     name = "data/chunk-000/episode_000000.parquet"
     datasets.sends[name] = datasets.files[name][:-1] + b"x"
     with pytest.raises(ValueError, match=rf"datasets/org/name/resolve/main/{name}: got another checksum"):
@@ -917,7 +917,7 @@ def test_a_damaged_file_of_a_dataset_is_an_error_and_deleted(datasets, waits):
     assert name not in contents(datasets.top)
 
 
-def test_a_dataset_without_a_connection(datasets, waits, monkeypatch):
+def test_dataset_without_connection(datasets, waits, monkeypatch):
     fetch_dataset("hf://org/name", ["meta/"])
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     datasets.requests.clear()
@@ -934,7 +934,7 @@ def test_a_dataset_without_a_connection(datasets, waits, monkeypatch):
     assert fetch_dataset("hf://org/name", [name]) == datasets.top
 
 
-def test_a_dataset_may_be_placed_by_hand(datasets):
+def test_dataset_may_be_placed_by_hand(datasets):
     datasets.stop()
     for name, data in datasets.files.items():
         (datasets.top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -955,7 +955,7 @@ def test_missing_files_of_a_dataset_are_named(datasets, waits):
 
 
 @pytest.mark.parametrize("address", [f"hf://org/name@{BRANCHES[0]}", f"hf://datasets/org/name@{BRANCHES[1]}/"])
-def test_a_branch_of_a_dataset_may_have_a_slash(address, datasets, home):
+def test_branch_of_a_dataset_may_have_a_slash(address, datasets, home):
     dataset = LeRobotDataset(address, action_horizon=1, cameras=())
     folder = quote(address.partition("@")[2].rstrip("/"), safe="")
     assert dataset.path == home / "hf-datasets/org/name" / folder
@@ -963,7 +963,7 @@ def test_a_branch_of_a_dataset_may_have_a_slash(address, datasets, home):
 
 
 @pytest.mark.parametrize("address", ["hf://name", "hf://org/name/sub", "hf://org/name@", "hf://models/org/name"])
-def test_malformed_addresses_of_datasets(address):
+def test_malformed_addresses_of_datasets_are_errors(address):
     with pytest.raises(ValueError, match=r"Malformed address .* of a dataset; expected hf://org/name\[@revision\]"):
         LeRobotDataset(address, action_horizon=1)
 

@@ -1,4 +1,4 @@
-"""Training from scratch begins with the original's distributions, leaf by leaf."""
+"""Initial weights have openpi's distributions, parameter by parameter."""
 
 import math
 
@@ -14,7 +14,7 @@ WIDE = {"depth": 2, "num_heads": 4, "num_kv_heads": 1, "head_dim": 32}
 
 @pytest.fixture(scope="module", params=[True, False], ids=["pi05", "pi0"])
 def model(request):
-    """Wide enough for the statistics; what init_weights forgets stays NaN."""
+    """A model wide enough for statistics, filled with NaN to detect parameters that init_weights misses."""
     config = Pi0Config(
         pi05=request.param,
         paligemma_variant=GemmaConfig(width=256, mlp_dim=512, **WIDE),
@@ -32,7 +32,7 @@ def model(request):
 
 
 def expected(model):
-    """Per parameter: distribution and deviation (of the whole weight, for xavier of each part of qkv)."""
+    """Distribution and std of each parameter (of the whole weight; for Xavier, of each part of qkv)."""
     table = {}
     for name, parameter in model.named_parameters():
         width = parameter.shape[-1]
@@ -56,7 +56,7 @@ def expected(model):
     return table
 
 
-def test_mean_and_deviation_of_every_leaf(model):
+def test_mean_and_std_of_every_parameter(model):
     table = expected(model)
     assert set(table) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -72,15 +72,15 @@ def test_mean_and_deviation_of_every_leaf(model):
         assert values.abs().max() <= bound * value * (1 + 1e-6), name
 
 
-def test_one_seed_one_model(model):
+def test_same_seed_gives_the_same_model(model):
     again = torchpi.Pi0(model.config)
     again.init_weights(torch.Generator().manual_seed(0))
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
-def test_gates_begin_closed():
-    """With adaptive norms the expert begins as the identity: what comes out is the normalized input."""
+def test_initial_gates_are_zero():
+    """With adaptive norms the expert is initially the identity: its output is the normalized input."""
     model = torchpi.Pi0(preset("tiny"))
     width, head_dim = model.config.action_expert.width, model.config.action_expert.head_dim
     generator = torch.Generator().manual_seed(0)

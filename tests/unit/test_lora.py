@@ -1,4 +1,4 @@
-"""LoRA: attaching, merging, what is trained, and the files in which it is kept."""
+"""LoRA: attaching, merging, trainable parameters, and files."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from torchpi.robots import Embodiment
 
 LORA = LoraConfig(backbone_rank=2, backbone_alpha=6.0, expert_rank=3, expert_alpha=1.5)
 BASE = {"address": "gs://openpi-assets/checkpoints/pi05_base", "dtype": "float32"}
-ALPHA = (8.0, 3.0)  # of the golden LoRA checkpoints
+ALPHA = (8.0, 3.0)  # as in the golden LoRA checkpoints
 
 
 def sizes(*, pi05: bool = True, kv_heads: int = 1, width: int = 16) -> Pi0Config:
@@ -46,7 +46,7 @@ def seeded(seed: int = 1) -> torch.Generator:
 
 
 def plain_model(config: Pi0Config | None = None, **options) -> Pi0:
-    """Random weights everywhere: fresh ones have closed gates, behind which nothing can be seen."""
+    """Random weights everywhere: initial gates are zero and would hide differences."""
     model = Pi0(config or sizes(), **options)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,7 +55,7 @@ def plain_model(config: Pi0Config | None = None, **options) -> Pi0:
 
 
 def lora_model(config: Pi0Config | None = None, lora: LoraConfig = LORA, **options) -> Pi0:
-    """LoRA of the weights' own size, so that it is seen."""
+    """LoRA with matrices as large as the weights, so that errors show."""
     model = plain_model(config, **options)
     add_lora(model, lora, seeded())
     with torch.no_grad():
@@ -110,12 +110,12 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         {"attention": False, "feed_forward": False},
     ],
 )
-def test_impossible_configs_are_errors(wrong):
+def test_invalid_configs_are_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LoraConfig(**wrong)
 
 
-def test_lora_is_added_beside_the_base_and_begins_small():
+def test_lora_adds_to_the_base_and_is_initially_small():
     model = plain_model(dtype=torch.bfloat16)
     before = dict(model.named_parameters())
     add_lora(model, LORA, seeded(3))
@@ -155,7 +155,7 @@ def test_merging_changes_no_result(pi05, kv_heads):
 
 
 @pytest.mark.parametrize("only", ["attention", "feed_forward"])
-def test_lora_at_one_kind_of_layer(only):
+def test_lora_on_one_kind_of_layer(only):
     lora = LoraConfig(backbone_rank=2, expert_rank=0, attention=only == "attention", feed_forward=only != "attention")
     model = lora_model(lora=lora)
     assert {name.split(".")[0] for name, _ in model.named_parameters() if is_lora(name)} == {"backbone"}
@@ -165,7 +165,7 @@ def test_lora_at_one_kind_of_layer(only):
     torch.testing.assert_close(sample(model), expected, atol=5e-5, rtol=0)
 
 
-def test_matmuls_are_in_the_activations_dtype():
+def test_matmuls_use_the_activation_dtype():
     layer = lora_model().backbone.layers[0].attention.qkv
     x = torch.randn(2, 5, 16, generator=seeded())
     half = layer(x.to(torch.bfloat16))
@@ -173,13 +173,13 @@ def test_matmuls_are_in_the_activations_dtype():
     torch.testing.assert_close(half.float(), layer(x), atol=0.1, rtol=0.05)
 
 
-def test_gradients_reach_every_parameter_that_is_read():
+def test_gradients_reach_every_used_parameter():
     model = lora_model()
     for name, trained in trainable_parameters(model, "lora").items():
         model.get_parameter(name).requires_grad_(trained)
     loss(model).backward()
     for name, parameter in model.named_parameters():
-        # Behind the last layer's keys and values nothing is computed.
+        # In the backbone nothing is computed after the last layer's keys and values.
         unread = name.startswith(("backbone.layers.1.attention.out", "backbone.layers.1.feed_forward"))
         if is_lora(name):
             assert unread == (parameter.grad is None), name
@@ -201,19 +201,19 @@ def test_gradients_stay_the_same_under_activation_checkpointing():
         assert (found is None and gradient is None) or torch.equal(found, gradient), name
 
 
-def test_a_policy_folder_holds_no_half_merged_model(tmp_path):
+def test_write_weights_refuses_lora(tmp_path):
     with pytest.raises(ValueError, match="merge_lora"):
         write_weights(tmp_path, lora_model())
 
 
-# ---- what is trained ----
+# ---- trainable parameters ----
 
 
 @pytest.mark.parametrize(
     ("name", "num_parameters", "num_trained"),
     [("pi05", 3_403_421_456, 466_957_072), ("pi0", 3_288_036_112, 468_039_440)],
 )
-def test_full_size_is_the_originals(golden_root, name, num_parameters, num_trained):
+def test_full_size_has_the_original_shapes(golden_root, name, num_parameters, num_trained):
     model = Pi0(preset(name), device="meta")
     add_lora(model, LoraConfig(), None)
     trained = trainable_parameters(model, "lora")
@@ -247,12 +247,12 @@ def test_finetune_choices_select_parameters():
         trainable_parameters(plain_model(), "lora")
 
 
-# ---- checkpoints of the original ----
+# ---- openpi's checkpoints ----
 
 
 @pytest.fixture(params=["pi05", "pi0"])
 def jax_lora(request, golden_root):
-    """Path and options of a LoRA checkpoint of the original."""
+    """Path and options of one of openpi's LoRA checkpoints."""
     root = golden_root / "lora" / request.param
     return root / "jax_ckpt", {"config": root / "model_config.json", "lora_alpha": ALPHA}
 
@@ -267,7 +267,7 @@ def test_merging_equals_folding(jax_lora):
         torch.testing.assert_close(found, expected[name], atol=1e-7, rtol=1e-7)
 
 
-def test_the_originals_lora_checkpoint_round_trips(jax_lora, tmp_path):
+def test_original_lora_checkpoint_round_trips(jax_lora, tmp_path):
     path, options = jax_lora
     model = torchpi.load_model(path, **options, lora="keep")
     (tmp_path / "params").mkdir()
@@ -305,7 +305,7 @@ def test_lora_of_plain_multi_head_attention_and_of_one_stack_round_trips(lora, t
         (LoraConfig(backbone_rank=8, attention=False), True),  # the feed-forward's update is not scaled
     ],
 )
-def test_alphas_are_asked_for_unless_the_ranks_are_openpis(lora, is_known, tmp_path):
+def test_alphas_are_required_unless_the_ranks_are_openpis(lora, is_known, tmp_path):
     config = sizes()
     write_lora_params(tmp_path, lora_model(config, lora))
     with contextlib.nullcontext() if is_known else pytest.raises(ValueError, match="Pass lora_alpha= with the alphas"):
@@ -320,7 +320,7 @@ def test_alphas_that_are_not_positive_numbers_are_errors(alpha, jax_lora):
         torchpi.load_model(path, **options | {"lora_alpha": alpha})
 
 
-def test_every_way_to_a_policy_asks_for_alphas(golden_root, tmp_path):
+def test_all_loaders_require_alphas(golden_root, tmp_path):
     root, spm = golden_root / "lora" / "pi05", golden_root / "tokenizer" / "tiny_spm.model"
     robot = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["a", "b"], actions=["a", "b"])
     options = {"config": root / "model_config.json", "embodiment": robot, "tokenizer": spm}
@@ -334,7 +334,7 @@ def test_every_way_to_a_policy_asks_for_alphas(golden_root, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_lora_checkpoint_has_lora_to_keep(golden_pi05):
+def test_keeping_lora_requires_a_lora_checkpoint(golden_pi05):
     with pytest.raises(ValueError, match='lora="keep" belongs to a checkpoint with LoRA weights'):
         torchpi.load_model(golden_pi05.checkpoint, lora="keep")
     with pytest.raises(ValueError, match='lora="keep" belongs to a checkpoint with LoRA weights'):
@@ -357,7 +357,7 @@ def saved(tmp_path):
     return tmp_path / "adapter", model
 
 
-def test_an_adapter_makes_the_trained_model_of_its_base(saved):
+def test_adapter_restores_the_trained_model(saved):
     path, trained = saved
     model = plain_model()
     adapter = load_adapter(path, model)
@@ -367,7 +367,7 @@ def test_an_adapter_makes_the_trained_model_of_its_base(saved):
     with torch.no_grad():
         next(model.parameters()).zero_()
         model.expert.layers[0].attention.qkv.lora_a.zero_()
-    load_adapter(path, model)  # onto its own LoRA
+    load_adapter(path, model)  # over LoRA of the same config
     assert torch.equal(model.expert.layers[0].attention.qkv.lora_a, trained.expert.layers[0].attention.qkv.lora_a)
 
 
@@ -385,7 +385,7 @@ def test_adapter_holds_only_trained_parameters(saved, tmp_path):
     assert {p.dtype for n, p in half.named_parameters() if is_lora(n)} == {torch.float32}
 
 
-def test_an_existing_folder_is_replaced_only_on_request(saved, tmp_path):
+def test_existing_folder_is_replaced_only_on_request(saved, tmp_path):
     path, model = saved
     with pytest.raises(ValueError, match="exists already"):
         save_adapter(model, path, base=BASE, trained=[])
@@ -420,7 +420,7 @@ def test_saving_without_lora_or_over_a_folder_is_an_error(tmp_path):
         ({"extra": 1}, "unknown fields extra"),
     ],
 )
-def test_a_wrong_field_of_adapter_json_is_named(saved, change, message):
+def test_wrong_field_of_adapter_json_is_named(saved, change, message):
     path, _ = saved
     document = json.loads((path / "adapter.json").read_text())
     (path / "adapter.json").write_text(json.dumps({**document, **change}))
@@ -437,7 +437,7 @@ def test_a_wrong_field_of_adapter_json_is_named(saved, change, message):
         ("feed_forward", False, "left over: .*feed_forward"),
     ],
 )
-def test_a_wrong_field_of_the_lora_is_named(saved, field, value, message):
+def test_wrong_field_of_the_lora_is_named(saved, field, value, message):
     path, _ = saved
     document = json.loads((path / "adapter.json").read_text())
     document["lora"][field] = value
@@ -446,7 +446,7 @@ def test_a_wrong_field_of_the_lora_is_named(saved, field, value, message):
         load_adapter(path, plain_model())
 
 
-def test_an_adapter_that_does_not_fit_or_is_damaged_leaves_the_model_as_it_is(saved, tmp_path):
+def test_adapter_that_does_not_fit_or_is_damaged_leaves_the_model_unchanged(saved, tmp_path):
     path, trained = saved
     wider, other = plain_model(sizes(width=32)), lora_model(lora=LoraConfig(backbone_rank=1))
     before = state(other)

@@ -1,4 +1,4 @@
-"""openpi's JAX checkpoints: What is in them, at any size, and every way in which they can be broken."""
+"""openpi's JAX checkpoints: contents, sizes and damaged files."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ SIZES = Pi0Config(
 
 
 def sized(*, num_kv_heads=1, position="learned", **fields):
-    """SIZES with some changed."""
+    """SIZES with changes."""
     gemma = {
         name: dataclasses.replace(getattr(SIZES, name), num_kv_heads=num_kv_heads)
         for name in ("paligemma_variant", "action_expert_variant")
@@ -40,7 +40,7 @@ def sized(*, num_kv_heads=1, position="learned", **fields):
 
 
 def random_arrays(config, seed=0):
-    """Every array of an openpi checkpoint, by its path: written down here a second time, from openpi's modules."""
+    """Shape of every array of an openpi checkpoint by its path: independent of src, taken from openpi's modules."""
     shapes = {"PaliGemma/llm/embedder/input_embedding": (config.vocab_size, config.paligemma.width)}
     vit, expert, dim = config.siglip, config.action_expert, config.action_dim
     img, block, w = "PaliGemma/img", "PaliGemma/img/Transformer/encoderblock", vit.width
@@ -126,7 +126,7 @@ def write_checkpoint(root, arrays, *, value=False, zarr3=False):
 
 
 def drop_array(checkpoint, name):
-    """Take an array's data out of the database, and leave it in the metadata."""
+    """Delete an array's data from the database, but keep its metadata."""
     base = {"driver": "file", "path": f"{checkpoint / 'params'}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     prefix = "params." + name.replace("/", ".")
@@ -137,7 +137,7 @@ def drop_array(checkpoint, name):
 
 @pytest.fixture
 def checkpoint(golden_root, tmp_path):
-    """A copy of golden's, to be damaged."""
+    """A copy of golden's checkpoint for tests that damage it."""
     return shutil.copytree(golden_root / "pi05" / "jax_ckpt_pure", tmp_path / "checkpoint")
 
 
@@ -148,14 +148,14 @@ def assert_same_weights(ours, theirs):
         assert torch.equal(parameter, theirs.state_dict()[name]), name
 
 
-# The forms of golden's checkpoint
+# Variants of golden's checkpoint
 
 
 def test_keys_with_and_without_value_give_the_same_bits(golden):
     assert_same_weights(torchpi.load_model(golden.root / "jax_ckpt"), torchpi.load_model(golden.checkpoint))
 
 
-def test_a_bfloat16_checkpoint_is_the_float32_one_rounded(golden_pi05):
+def test_bfloat16_checkpoint_equals_rounded_float32(golden_pi05):
     rounded = torchpi.load_model(golden_pi05.root / "jax_ckpt_pure_bf16", dtype=torch.bfloat16)
     assert_same_weights(rounded, golden_pi05.model(dtype=torch.bfloat16))
     widened = torchpi.load_model(golden_pi05.root / "jax_ckpt_pure_bf16")
@@ -163,21 +163,21 @@ def test_a_bfloat16_checkpoint_is_the_float32_one_rounded(golden_pi05):
 
 
 @pytest.mark.parametrize("inside", ["", "100", "100/params", "100/params/_METADATA", "100/params/manifest.ocdbt"])
-def test_a_training_run_with_one_step_loads_from_any_level(golden, inside):
+def test_training_run_with_one_step_loads_from_any_level(golden, inside):
     model = torchpi.load_model(golden.root / "jax_ckpt" / inside)
     assert torch.equal(model.embedding, golden.model().embedding)
 
 
-def test_a_path_may_be_a_text(golden):
+def test_path_may_be_a_string(golden):
     assert torch.equal(torchpi.load_model(str(golden.checkpoint)).embedding, golden.model().embedding)
 
 
-def test_a_path_may_have_characters_that_mean_something_in_an_address(golden_pi05, tmp_path):
+def test_path_may_have_characters_with_meaning_in_urls(golden_pi05, tmp_path):
     copied = shutil.copytree(golden_pi05.checkpoint, tmp_path / "run #1 50%20 done? ü")
     assert_same_weights(torchpi.load_model(copied), golden_pi05.model())
 
 
-def test_a_training_run_with_several_steps_is_an_error_that_lists_them(golden_pi05, tmp_path):
+def test_training_run_with_several_steps_is_an_error_that_lists_them(golden_pi05, tmp_path):
     run = tmp_path / "run"
     for step in (20, 100):
         shutil.copytree(golden_pi05.root / "jax_ckpt" / "100", run / str(step))
@@ -189,7 +189,7 @@ def test_a_training_run_with_several_steps_is_an_error_that_lists_them(golden_pi
     assert torch.equal(torchpi.load_model(run / "20").embedding, golden_pi05.model().embedding)
 
 
-def test_the_model_comes_in_eval_mode_with_gradients_enabled(golden):
+def test_model_is_in_eval_mode_with_gradients_enabled(golden):
     model = torchpi.load_model(golden.checkpoint)
     assert not any(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
@@ -197,7 +197,7 @@ def test_the_model_comes_in_eval_mode_with_gradients_enabled(golden):
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-def test_dtype_is_that_of_every_parameter(golden):
+def test_every_parameter_has_the_requested_dtype(golden):
     model = torchpi.load_model(golden.checkpoint, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.embedding, golden.model().embedding.to(torch.bfloat16))
@@ -212,8 +212,8 @@ def test_dtype_is_that_of_every_parameter(golden):
         ({"device": "gpu"}, "Unknown device 'gpu'"),
     ],
 )
-def test_dtype_and_device_that_are_not_there(changes, message, golden_pi05, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose types nothing else checks
+def test_invalid_dtype_and_device_are_errors(changes, message, golden_pi05, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, who have no type checks
     with pytest.raises(ValueError, match=message):
         torchpi.load_model(golden_pi05.checkpoint, **changes)
 
@@ -221,19 +221,19 @@ def test_dtype_and_device_that_are_not_there(changes, message, golden_pi05, monk
 # Sizes
 
 
-def test_without_config_the_sizes_come_from_the_arrays_and_the_rest_stays_unset(golden):
+def test_without_config_sizes_come_from_arrays_and_others_are_unset(golden):
     config = torchpi.load_model(golden.checkpoint).config
     unset = {"action_horizon": None, "max_token_len": None, "discrete_state_input": None}
     assert config == dataclasses.replace(Pi0Config.from_json(golden.config), **unset)
 
 
-def test_without_config_the_noise_decides_the_horizon(golden):
+def test_without_config_the_horizon_follows_the_noise(golden):
     model, inputs = torchpi.load_model(golden.checkpoint), golden.inputs
     noise = inputs["noise"][:, :3].contiguous()
     assert model.sample_actions(golden.observation(), noise=noise, num_steps=1).shape == noise.shape
 
 
-def test_without_config_and_noise_sampling_is_an_error_that_says_how_to_set_the_horizon(golden):
+def test_sampling_without_config_and_noise_is_an_error_that_names_config(golden):
     model = torchpi.load_model(golden.checkpoint)
     with pytest.raises(ValueError, match=r"action_horizon is not set.*config=.*pi0, pi05, tiny"):
         model.sample_actions(golden.observation(), num_steps=1)
@@ -268,29 +268,29 @@ def test_config_may_be_the_name_of_a_preset(tmp_path):
         ({"siglip": {"position": "sincos2d"}}, "siglip.position is sincos2d in config, learned in the checkpoint"),
     ],
 )
-def test_a_config_that_contradicts_the_arrays_is_an_error_with_both_values(golden_pi05, tmp_path, config, message):
+def test_config_that_contradicts_the_arrays_is_an_error_with_both_values(golden_pi05, tmp_path, config, message):
     file = tmp_path / "sizes.json"
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         torchpi.load_model(golden_pi05.checkpoint, config=file)
 
 
-def test_a_preset_of_another_size_is_an_error_with_both_values(golden_pi05):
+def test_preset_of_another_size_is_an_error_with_both_values(golden_pi05):
     with pytest.raises(ValueError, match=r"vocab_size is 257152 in config, 512.*paligemma.width is 2048 in config, 64"):
         torchpi.load_model(golden_pi05.checkpoint, config="pi05")
 
 
-def test_an_unknown_preset_is_an_error_that_lists_them(golden_pi05):
+def test_unknown_preset_is_an_error_that_lists_them(golden_pi05):
     with pytest.raises(ValueError, match=r"config='pi06' is neither a file nor a preset; presets are pi0, pi05, tiny"):
         torchpi.load_model(golden_pi05.checkpoint, config="pi06")
 
 
-def test_a_missing_config_file_is_an_error(golden_pi05, tmp_path):
+def test_missing_config_file_is_an_error(golden_pi05, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no file .*sizes\.json"):
         torchpi.load_model(golden_pi05.checkpoint, config=tmp_path / "sizes.json")
 
 
-# Other sizes: every array is where it computes what openpi's einsum computes with it
+# Other sizes: each layer computes what openpi's einsum computes with the stored arrays
 
 VARIANTS = {
     "pi05": sized(),
@@ -304,7 +304,7 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def written(request, tmp_path_factory):
-    """A checkpoint of random weights in one of the sizes: config, arrays, and the model that is read from it."""
+    """Config and arrays of a random checkpoint in one of the sizes, and the model loaded from it."""
     config = VARIANTS[request.param]
     arrays = random_arrays(config)
     model = torchpi.load_model(write_checkpoint(tmp_path_factory.mktemp("written") / "checkpoint", arrays))
@@ -312,10 +312,10 @@ def written(request, tmp_path_factory):
 
 
 def assert_near(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # of values of size 1 to 30
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # values are of magnitude 1 to 30
 
 
-def test_the_sizes_are_those_of_the_arrays(written):
+def test_sizes_follow_the_arrays(written):
     config, arrays, model = written
     assert model.config == config
     assert sum(p.numel() for p in model.parameters()) == sum(array.numel() for array in arrays.values())
@@ -330,7 +330,7 @@ def test_attention_computes_openpis_einsums(written):
         (model.expert, config.action_expert, "_1"),
     ):
         x = torch.randn(2, 3, gemma.width, generator=generator)
-        still = rope_table(torch.zeros(2, 3, dtype=torch.int64), gemma.head_dim)  # at position 0 nothing is rotated
+        still = rope_table(torch.zeros(2, 3, dtype=torch.int64), gemma.head_dim)  # no rotation at position 0
         attn = "PaliGemma/llm/layers/attn"
         for i, layer in enumerate(stack.layers):
             if gemma.num_heads == gemma.num_kv_heads:
@@ -376,7 +376,7 @@ def test_feed_forward_and_norms_compute_openpis_matmuls(written):
 
 
 @torch.no_grad()
-def test_the_vision_tower_computes_openpis_einsums(written):
+def test_vision_tower_computes_openpis_einsums(written):
     config, arrays, model = written
     vit, img = config.siglip, "PaliGemma/img"
     generator = torch.Generator().manual_seed(3)
@@ -424,13 +424,13 @@ def test_suffix_projections_compute_openpis_matmuls(written):
 
 
 @pytest.mark.parametrize("options", [{"value": True}, {"zarr3": True}, {"value": True, "zarr3": True}])
-def test_every_way_of_writing_gives_the_same_bits(tmp_path, options):
+def test_all_writer_options_give_the_same_bits(tmp_path, options):
     arrays = random_arrays(SIZES)
     plain = torchpi.load_model(write_checkpoint(tmp_path / "plain", arrays))
     assert_same_weights(torchpi.load_model(write_checkpoint(tmp_path / "other", arrays, **options)), plain)
 
 
-def test_keys_without_the_leading_params_are_read_too(tmp_path):
+def test_keys_without_leading_params_are_read(tmp_path):
     arrays = random_arrays(SIZES)
     plain = torchpi.load_model(write_checkpoint(tmp_path / "plain", arrays))
     bare = write_checkpoint(tmp_path / "bare", arrays)
@@ -445,7 +445,7 @@ def test_keys_without_the_leading_params_are_read_too(tmp_path):
     assert_same_weights(torchpi.load_model(bare), plain)
 
 
-def test_without_a_position_embedding_it_is_sinusoidal_and_the_image_size_is_configs(tmp_path):
+def test_missing_position_embedding_is_sinusoidal_with_image_size_from_config(tmp_path):
     fixed = sized(position="sincos2d", image_size=56)
     write_checkpoint(tmp_path / "checkpoint", random_arrays(fixed))
     model = torchpi.load_model(tmp_path / "checkpoint")
@@ -457,7 +457,7 @@ def test_without_a_position_embedding_it_is_sinusoidal_and_the_image_size_is_con
     assert torchpi.load_model(tmp_path / "checkpoint", config=tmp_path / "size.json").config.image_size == 56
 
 
-# Broken checkpoints
+# Damaged checkpoints
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_without_a_position_embedding_it_is_sinusoidal_and_the_image_size_is_con
         "action_in_proj/kernel",
     ],
 )
-def test_a_missing_array_is_an_error_that_names_it(tmp_path, name):
+def test_missing_array_is_an_error_that_names_it(tmp_path, name):
     arrays = random_arrays(SIZES)
     del arrays[name]
     write_checkpoint(tmp_path / "checkpoint", arrays)
@@ -495,13 +495,13 @@ def test_extra_arrays_are_an_error_that_names_all_of_them(tmp_path):
         ("PaliGemma/llm/layers/mlp_1/gating_einsum", (3, 2, 12, 20), "depth must be equal, got 2 and 3"),
     ],
 )
-def test_a_misshapen_array_is_an_error_with_both_shapes(tmp_path, name, shape, message):
+def test_misshapen_array_is_an_error_with_both_shapes(tmp_path, name, shape, message):
     write_checkpoint(tmp_path / "checkpoint", random_arrays(SIZES) | {name: np.zeros(shape, np.float32)})
     with pytest.raises(ValueError, match=rf"(?s)checkpoint/params.*{message}"):
         torchpi.load_model(tmp_path / "checkpoint")
 
 
-def test_half_a_lora_checkpoint_is_an_error_that_names_what_is_missing(tmp_path):
+def test_incomplete_lora_checkpoint_names_the_missing_arrays(tmp_path):
     lora = {
         "PaliGemma/llm/layers/attn/q_einsum/lora_a": np.zeros((2, 4, 16, 2), np.float32),
         "PaliGemma/llm/layers/attn/q_einsum/lora_b": np.zeros((2, 4, 2, 6), np.float32),
@@ -514,7 +514,7 @@ def test_half_a_lora_checkpoint_is_an_error_that_names_what_is_missing(tmp_path)
 
 def test_every_truncated_data_file_is_an_error_that_names_the_checkpoint(checkpoint):
     params = checkpoint / "params"
-    # Small files hold the manifests' history, which nothing reads.
+    # Small files hold the manifests' history, which is not read.
     files = [params / "manifest.ocdbt", *(params / "d").iterdir()]
     files += [file for file in (params / "ocdbt.process_0/d").iterdir() if file.stat().st_size > 10_000]
     assert len(files) >= 4
@@ -529,15 +529,15 @@ def test_every_truncated_data_file_is_an_error_that_names_the_checkpoint(checkpo
     torchpi.load_model(checkpoint)
 
 
-def test_a_missing_data_file_is_an_error(checkpoint):
+def test_missing_data_file_is_an_error(checkpoint):
     for file in (checkpoint / "params/ocdbt.process_0/d").iterdir():
         file.unlink()
     with pytest.raises(ValueError, match=r"array '.*' is .*truncated.*; get the checkpoint again"):
         torchpi.load_model(checkpoint)
 
 
-def test_data_that_is_gone_is_an_error_where_the_writer_wrote_zeros_as_well(checkpoint):
-    """Otherwise absent data is zeros: the writer may have left them out."""
+def test_missing_data_are_an_error_if_zeros_were_stored(checkpoint):
+    """Without that metadata, missing data mean zeros, which the writer may leave out."""
     drop_array(checkpoint, "time_mlp_in/bias")
     with pytest.raises(ValueError, match=r"'time_mlp_in\.bias' is missing"):
         torchpi.load_model(checkpoint)
@@ -547,7 +547,7 @@ def test_data_that_is_gone_is_an_error_where_the_writer_wrote_zeros_as_well(chec
     assert not torchpi.load_model(checkpoint).suffix.time_mlp_in.bias.any()
 
 
-def test_a_missing_manifest_is_an_error_that_says_what_was_expected(checkpoint):
+def test_missing_manifest_is_an_error_that_names_the_expected_files(checkpoint):
     (checkpoint / "params/manifest.ocdbt").unlink()
     with pytest.raises(ValueError, match=r"no known checkpoint format.*params/_METADATA and params/manifest\.ocdbt"):
         torchpi.load_model(checkpoint)
@@ -581,7 +581,7 @@ def test_corrupt_metadata_is_an_error_that_names_the_file(checkpoint, how):
         torchpi.load_model(checkpoint)
 
 
-def test_metadata_that_is_no_text_is_an_error(checkpoint):
+def test_metadata_that_is_not_utf8_is_an_error(checkpoint):
     (checkpoint / "params/_METADATA").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(ValueError, match="_METADATA is corrupt"):
         torchpi.load_model(checkpoint)
@@ -607,25 +607,25 @@ def test_metadata_without_arrays_is_an_error(checkpoint):
 # Other paths
 
 
-def test_an_empty_folder_is_an_error_that_says_what_was_expected(tmp_path):
+def test_empty_folder_is_an_error_that_names_the_expected_files(tmp_path):
     with pytest.raises(ValueError, match=r"policy folder has policy\.json.*params/_METADATA.*found an empty folder"):
         torchpi.load_model(tmp_path)
 
 
-def test_an_unknown_format_is_an_error_that_lists_what_is_there(tmp_path):
+def test_unknown_format_is_an_error_that_lists_the_files(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"no known checkpoint format.*found \['weights\.pt'\]"):
         torchpi.load_model(tmp_path)
 
 
-def test_a_file_that_belongs_to_no_format_is_an_error_that_names_it(checkpoint):
-    """Not the folder around it, whose weights may be others."""
+def test_file_that_belongs_to_no_format_is_an_error_that_names_it(checkpoint):
+    """The folder of the file is not loaded instead: its weights may be different."""
     (checkpoint / "weights").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"weights is a file; expected the folder of a checkpoint"):
         torchpi.load_model(checkpoint / "weights")
 
 
-def test_a_path_that_does_not_exist_is_an_error_that_names_it(tmp_path):
+def test_path_that_does_not_exist_is_an_error_that_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
         torchpi.load_model(tmp_path / "nowhere")
 

@@ -1,4 +1,4 @@
-"""A policy folder: What is saved is loaded bit for bit, and every way in which it can be broken has its message."""
+"""Policy folders: saved policies load bit for bit, and damaged ones are errors."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def small_config(pi05=True, **fields):
 
 
 def random_model(config, dtype=torch.float32):
-    """Every weight random, also those that training begins with at 0."""
+    """Random weights, including those that are initially 0."""
     model, generator = torchpi.Pi0(config), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,7 +65,7 @@ def random_model(config, dtype=torch.float32):
 
 
 def stats(dim=2):
-    spread = np.linspace(0.1, 0.7, dim)  # values that decimal digits don't end
+    spread = np.linspace(0.1, 0.7, dim)  # values without a short decimal representation
     return NormStats(spread, spread / 3 + 0.1, -spread - 1, spread + 1)
 
 
@@ -92,7 +92,7 @@ def make_policy(tokenizer):
 
 @pytest.fixture
 def folder(make_policy, tmp_path):
-    """A good policy folder, to be damaged."""
+    """A valid policy folder for tests that damage it."""
     make_policy().save(tmp_path / "policy")
     return tmp_path / "policy"
 
@@ -126,7 +126,7 @@ def infer(policy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pi05", [True, False])
-def test_a_saved_policy_is_loaded_bit_for_bit(make_policy, tmp_path, pi05, dtype):
+def test_saved_policy_loads_bit_for_bit(make_policy, tmp_path, pi05, dtype):
     saved = make_policy(small_config(pi05), dtype)
     saved.save(tmp_path / "policy")
     loaded = load(tmp_path / "policy", dtype=dtype)
@@ -136,7 +136,7 @@ def test_a_saved_policy_is_loaded_bit_for_bit(make_policy, tmp_path, pi05, dtype
     np.testing.assert_array_equal(infer(loaded), infer(saved))
 
 
-def test_everything_around_the_model_is_loaded_as_well(make_policy, tmp_path):
+def test_everything_except_the_weights_is_loaded(make_policy, tmp_path):
     saved = make_policy(default_prompt="wave")
     saved.save(tmp_path / "policy")
     loaded = load(tmp_path / "policy")
@@ -159,21 +159,21 @@ def test_unset_sizes_stay_unset(make_policy, tmp_path):
     assert load(tmp_path / "policy").model.config == config
 
 
-def test_the_loaded_model_is_in_eval_mode_with_gradients_enabled(folder):
+def test_loaded_model_is_in_eval_mode_with_gradients_enabled(folder):
     model = torchpi.load_model(folder)
     assert not any(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
 
 
-def test_a_folder_has_exactly_five_files_and_none_can_run_code(folder):
+def test_folder_has_exactly_five_files_and_none_can_run_code(folder):
     assert sorted(path.name for path in folder.iterdir()) == FILES
-    for file in folder.iterdir():  # neither a pickle nor a zip archive, in which torch.save hides one
+    for file in folder.iterdir():  # neither a pickle nor a zip archive, which is torch.save's format
         assert not file.read_bytes().startswith((b"\x80", b"PK"))
     for name in ("policy.json", "norm_stats.json"):
         assert isinstance(json.loads((folder / name).read_text(encoding="utf-8")), dict)
 
 
-def test_version_1_without_the_prompts_format_is_read(folder):
+def test_version_1_without_prompt_format_is_read(folder):
     document = json.loads((folder / "policy.json").read_text())
     document["format_version"] = 1
     del document["prompt"]["format"]
@@ -181,7 +181,7 @@ def test_version_1_without_the_prompts_format_is_read(folder):
     assert load(folder).transforms.prompt_format == "openpi"
 
 
-def test_the_earlier_name_of_max_action_prefix_is_read(folder):
+def test_earlier_name_of_max_action_prefix_is_read(folder):
     edit(folder, put("metadata", value={"max_given_actions": 4}))
     assert load(folder).metadata["max_action_prefix"] == 4
     assert "max_given_actions" not in load(folder).metadata
@@ -209,7 +209,7 @@ def test_policy_json_has_the_documented_fields(folder):
     assert [camera["key"] for camera in document["embodiment"]["cameras"]] == ["front", "wrist"]
 
 
-def test_a_tokenizer_json_keeps_its_name(make_policy, tmp_path):
+def test_tokenizer_json_keeps_its_name(make_policy, tmp_path):
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"<bos>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "words"))
@@ -218,13 +218,13 @@ def test_a_tokenizer_json_keeps_its_name(make_policy, tmp_path):
     assert load(tmp_path / "policy").transforms.tokenizer.vocab_size == 2
 
 
-def test_the_tokenizer_may_be_given_as_its_folder(make_policy, folder, tmp_path):
+def test_tokenizer_may_be_a_folder(make_policy, folder, tmp_path):
     policy = make_policy(tokenizer=folder)
     policy.save(tmp_path / "other")
     assert (tmp_path / "other/tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
-def test_a_moved_folder_works_and_is_complete(folder, tokenizer, tmp_path):
+def test_moved_folder_works_and_is_complete(folder, tokenizer, tmp_path):
     before = infer(load(folder))
     moved = tmp_path / "somewhere else" / "ü"
     moved.parent.mkdir()
@@ -232,7 +232,7 @@ def test_a_moved_folder_works_and_is_complete(folder, tokenizer, tmp_path):
     np.testing.assert_array_equal(infer(load(moved)), before)
 
 
-def test_a_policy_can_be_saved_after_its_folder_is_gone(folder, tmp_path):
+def test_policy_can_be_saved_after_its_folder_is_gone(folder, tmp_path):
     policy, before = load(folder), contents(folder)
     shutil.rmtree(folder)
     policy.save(tmp_path / "again")
@@ -241,21 +241,21 @@ def test_a_policy_can_be_saved_after_its_folder_is_gone(folder, tmp_path):
     }
 
 
-def test_a_file_of_the_folder_stands_for_the_folder(folder):
+def test_path_of_a_file_loads_its_folder(folder):
     for name in ("policy.json", "model.safetensors"):
         assert_same_bits(torchpi.load_model(folder / name), torchpi.load_model(folder))
 
 
-def test_another_weights_file_in_the_folder_is_not_taken_for_it(folder):
+def test_path_of_another_weights_file_is_refused(folder):
     (folder / "old.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"old\.safetensors is a file; expected the folder of a checkpoint"):
         torchpi.load_model(folder / "old.safetensors")
 
 
-# Saving onto something, and failing in the middle
+# Overwriting, and failures while saving
 
 
-def test_saving_onto_an_existing_path_is_an_error_and_changes_nothing(make_policy, folder):
+def test_saving_to_an_existing_path_is_an_error_and_changes_nothing(make_policy, folder):
     before = contents(folder)
     with pytest.raises(ValueError, match=r"policy exists already; choose another path, or pass overwrite=True"):
         make_policy().save(folder)
@@ -270,7 +270,7 @@ def test_overwrite_replaces_a_policy_folder_as_a_whole(make_policy, folder, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-def test_a_policy_can_be_saved_over_the_folder_that_it_was_loaded_from(folder):
+def test_policy_can_overwrite_the_folder_it_was_loaded_from(folder):
     policy = load(folder)
     before = infer(policy)
     policy.save(folder, overwrite=True)
@@ -278,7 +278,7 @@ def test_a_policy_can_be_saved_over_the_folder_that_it_was_loaded_from(folder):
 
 
 @pytest.mark.parametrize("foreign", ["folder", "empty folder", "file"])
-def test_overwrite_refuses_what_is_no_policy_folder(make_policy, tmp_path, foreign):
+def test_overwrite_refuses_other_folders(make_policy, tmp_path, foreign):
     target = tmp_path / "target"
     if foreign == "file":
         target.write_text("mine")
@@ -292,7 +292,7 @@ def test_overwrite_refuses_what_is_no_policy_folder(make_policy, tmp_path, forei
     assert target.exists()
 
 
-def test_missing_parents_are_made(make_policy, tmp_path):
+def test_missing_parents_are_created(make_policy, tmp_path):
     make_policy().save(tmp_path / "runs" / "1" / "policy")
     assert sorted(path.name for path in (tmp_path / "runs/1/policy").iterdir()) == FILES
 
@@ -303,7 +303,7 @@ def fail(*_, **__):
 
 @contextlib.contextmanager
 def no_room_for_more_than(num_bytes):
-    """Files can't grow beyond a size, as on a disk that becomes full in the middle of a write."""
+    """Limit the size of files, as on a disk that becomes full during a write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -312,20 +312,20 @@ def no_room_for_more_than(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_becomes_full_leaves_nothing_behind(make_policy, tmp_path):
+def test_full_disk_leaves_no_files(make_policy, tmp_path):
     with no_room_for_more_than(100_000), pytest.raises(OSError, match="File too large"):
         make_policy().save(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_behind_the_weights_leaves_nothing_behind(make_policy, tmp_path, monkeypatch):
+def test_failure_after_the_weights_leaves_no_files(make_policy, tmp_path, monkeypatch):
     monkeypatch.setattr("torchpi.policy.save_norm_stats", fail)
     with pytest.raises(OSError, match="no space left"):
         make_policy().save(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_becomes_full_leaves_the_old_folder_whole(make_policy, folder, tmp_path):
+def test_full_disk_leaves_the_old_folder_intact(make_policy, folder, tmp_path):
     before = contents(tmp_path)
     with no_room_for_more_than(100_000), pytest.raises(OSError, match="File too large"):
         make_policy(default_prompt="new").save(folder, overwrite=True)
@@ -333,7 +333,7 @@ def test_a_disk_that_becomes_full_leaves_the_old_folder_whole(make_policy, folde
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-def test_a_failure_of_the_last_rename_brings_the_old_folder_back(make_policy, folder, tmp_path, monkeypatch):
+def test_failed_last_rename_restores_the_old_folder(make_policy, folder, tmp_path, monkeypatch):
     from torchpi import atomic as module
 
     before, rename = contents(tmp_path), module.os.rename
@@ -400,42 +400,42 @@ def test_deeply_nested_policy_file_is_an_error(make_policy, tmp_path):
 
 
 @pytest.mark.parametrize("key", [*sorted(FACTS), "torchpi/jpeg"])
-def test_metadata_cannot_replace_what_embodiment_and_model_say(make_policy, key):
+def test_metadata_can_not_redefine_facts(make_policy, key):
     with pytest.raises(ValueError, match=f"metadata can't have {key}: these keys are reserved"):
         make_policy(metadata={key: None})
     with pytest.raises(ValueError, match=f"metadata can't have {key}: these keys are reserved"):
         make_policy(embodiment=dataclasses.replace(EMBODIMENT, metadata={key: None}))
 
 
-def test_clashes_of_a_folder_are_named(make_policy, tmp_path):
+def test_reserved_metadata_keys_of_a_folder_are_named(make_policy, tmp_path):
     make_policy().save(tmp_path / "policy")
     edit(tmp_path / "policy", lambda document: document["metadata"].update(control_hz=1e9, action_limits=None))
     with pytest.raises(ValueError, match=r"policy: metadata can't have control_hz, action_limits"):
         open_checkpoint(tmp_path / "policy").spec()
 
 
-def test_every_fact_of_the_metadata_is_protected(make_policy):
+def test_all_facts_are_reserved_keys(make_policy):
     policy = make_policy(metadata={})
     assert set(policy.metadata) - set(policy.embodiment.metadata) == FACTS
 
 
-def test_metadata_agree_with_the_embodiments(make_policy):
+def test_metadata_must_agree_with_the_embodiments(make_policy):
     assert make_policy(metadata={"reset_pose": [0.0, 0.5]}).metadata["reset_pose"] == [0.0, 0.5]
     with pytest.raises(ValueError, match="metadata can't have reset_pose"):
         make_policy(metadata={"reset_pose": None})
 
 
 @pytest.mark.parametrize("longest", ["2", -1, True, 1.5, None])
-def test_longest_action_prefix_is_a_number_of_steps(make_policy, longest):
+def test_max_action_prefix_must_be_a_number_of_steps(make_policy, longest):
     with pytest.raises(ValueError, match=r"max_action_prefix is .*; expected an integer >= 0"):
         make_policy(metadata={"max_action_prefix": longest})
 
 
-# Corruption
+# Damaged folders
 
 
 def edit(folder, change):
-    """Change policy.json's document."""
+    """Change the contents of policy.json."""
     file = folder / "policy.json"
     document = json.loads(file.read_text())
     change(document)
@@ -499,7 +499,7 @@ def drop(*path):
         (put("embodiment", "hook", value="my_robot"), "no hook 'my_robot'; known are ['aloha_pi']"),
     ],
 )  # fmt: skip
-def test_a_wrong_field_of_policy_json_is_an_error_that_names_it(folder, change, message):
+def test_wrong_field_of_policy_json_is_an_error_that_names_it(folder, change, message):
     edit(folder, change)
     with pytest.raises(ValueError, match=rf"(?s){re.escape(str(folder / 'policy.json'))}.*{re.escape(message)}"):
         load(folder)
@@ -514,7 +514,7 @@ def test_commands_of_an_older_folder_are_guessed_with_one_warning(folder):
     assert policy.metadata["action_commands"] == ["position", "position"]
 
 
-def test_folder_whose_delta_is_named_like_another_state_is_read_with_one_warning(folder):
+def test_delta_action_named_like_another_state_loads_with_one_warning(folder):
     edit(folder, put("embodiment", "state", 0, "names", value=["elbow", "shoulder"]))
     with pytest.warns(
         UserWarning, match="'shoulder' is a delta at index 0, but .* at index 1 and 'elbow' at 0"
@@ -524,11 +524,11 @@ def test_folder_whose_delta_is_named_like_another_state_is_read_with_one_warning
     assert policy.embodiment.state_names == ("elbow", "shoulder")
 
 
-def test_commands_that_are_not_stated_stay_so(folder):
+def test_unstated_commands_stay_unstated(folder):
     assert load(folder).metadata["action_commands"] == [None, None]
 
 
-def test_an_unknown_truncation_is_an_error_that_lists_the_known_ones(folder):
+def test_unknown_truncation_is_an_error_that_lists_the_known_ones(folder):
     edit(folder, put("prompt", "truncation", value="end"))
     with pytest.raises(ValueError, match="Unknown truncation 'end'; expected one of instruction, original"):
         load(folder)
@@ -543,7 +543,7 @@ def test_an_unknown_truncation_is_an_error_that_lists_the_known_ones(folder):
         (b"[]", "must hold a JSON object, found list"),
     ],
 )
-def test_a_policy_json_that_is_no_json_object_is_an_error(folder, content, message):
+def test_policy_json_that_is_no_object_is_an_error(folder, content, message):
     (folder / "policy.json").write_bytes(content)
     for read in (load, torchpi.load_model):
         with pytest.raises(ValueError, match=rf"policy\.json {message}"):
@@ -557,7 +557,7 @@ def test_missing_statistics_are_an_error(folder):
 
 
 @pytest.mark.usefixtures("offline")
-def test_missing_tokenizer_is_an_error_and_is_not_replaced_by_another(folder, tmp_path):
+def test_missing_tokenizer_is_an_error_and_not_replaced(folder, tmp_path):
     tokenizer = (folder / "tokenizer.model").rename(tmp_path / "elsewhere.model")
     with pytest.raises(FileNotFoundError, match=r"policy has no tokenizer\.model or tokenizer\.json.*pass tokenizer="):
         load(folder)
@@ -604,10 +604,10 @@ def test_missing_extra_and_misshapen_arrays_are_named_in_one_error(folder):
     ]
 
 
-# Overruling the folder
+# Arguments that overrule the folder
 
 
-def test_a_config_that_differs_from_the_folder_is_reported_and_wins(folder, tmp_path):
+def test_config_that_differs_from_the_folder_is_reported_and_used(folder, tmp_path):
     (tmp_path / "short.json").write_text('{"action_horizon": 2}')
     with pytest.warns(UserWarning, match="config= overrides action_horizon is 2 in config, 4 in the checkpoint"):
         policy = load(folder, config=tmp_path / "short.json")
@@ -615,13 +615,13 @@ def test_a_config_that_differs_from_the_folder_is_reported_and_wins(folder, tmp_
     assert policy.infer(policy.example_observation(), num_steps=1)["actions"].shape == (2, 2)
 
 
-def test_a_config_that_equals_the_folder_is_silent(folder):
+def test_config_that_equals_the_folder_does_not_warn(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torchpi.load_model(folder, config=small_config()).config == small_config()
 
 
-def test_a_config_whose_shapes_do_not_fit_is_an_error(folder, tmp_path):
+def test_config_whose_shapes_do_not_fit_is_an_error(folder, tmp_path):
     (tmp_path / "wide.json").write_text('{"action_dim": 7}')
     with (
         pytest.warns(UserWarning, match="action_dim is 7 in config, 3 in the checkpoint"),
@@ -641,12 +641,12 @@ def test_arguments_overrule_the_folder(folder, tmp_path):
     assert load(folder, default_prompt="stop").default_prompt == "stop"
 
 
-def test_an_asset_id_for_a_folder_is_an_error(folder):
+def test_asset_id_for_a_folder_is_an_error(folder):
     with pytest.raises(ValueError, match=r"asset_id='trossen' chooses among.*has statistics of its own"):
         load(folder, asset_id="trossen")
 
 
-def test_a_process_killed_while_it_saves_leaves_the_old_folder_whole(tmp_path):
+def test_process_killed_while_saving_leaves_the_old_folder_intact(tmp_path):
     target = tmp_path / "policy"
     torchpi.load_policy("demo", device="cpu").save(target)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
@@ -665,8 +665,8 @@ policy.save({str(target)!r}, overwrite=True)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_used_where_they_lie_in_the_file(make_policy, tmp_path, dtype):
-    """Nothing is copied, so a policy is ready before its weights are read; the file stays as it is all the same."""
+def test_weights_are_memory_mapped(make_policy, tmp_path, dtype):
+    """Loading copies no weights, and changing the model does not change the file."""
     folder = tmp_path / "policy"
     make_policy().save(folder, dtype=dtype)
     content = (folder / "model.safetensors").read_bytes()
@@ -691,13 +691,13 @@ def test_weights_file_has_the_read_permissions_of_the_other_files(tmp_path):
     assert len(set(modes.values())) == 1, modes
 
 
-def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
+def test_weights_are_saved_in_the_requested_dtype(tmp_path):
     policy = torchpi.load_policy("demo", device="cpu")
     policy.save(tmp_path / "half", dtype=torch.bfloat16)
     policy.save(tmp_path / "full")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full")]
     assert sizes[1] > 1.9 * sizes[0]
-    # The demo's weights are bfloat16 already, so that nothing is lost.
+    # The demo's weights are bfloat16, so that rounding changes nothing.
     again = torchpi.load_policy(tmp_path / "half", device="cpu").model
     assert all(torch.equal(a, b) for a, b in zip(policy.model.parameters(), again.parameters(), strict=True))
 
@@ -712,7 +712,7 @@ UNTRAINED = "This policy's actions d are untrained: the model's output for them 
 
 @pytest.fixture
 def wide(folder, tmp_path):
-    """A policy whose model was extended from three actions to the four of its robot."""
+    """A policy whose model was extended from three action dimensions to its robot's four."""
     save_norm_stats(tmp_path / "wide.json", {"state": stats(4), "actions": stats(4)})
     with pytest.warns(UserWarning, match=UNTRAINED):
         report = convert(
@@ -724,7 +724,7 @@ def wide(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["z_score", "quantile"])
-def test_actions_that_nothing_has_trained_are_their_mean(kind, wide, tmp_path):
+def test_untrained_actions_are_their_mean(kind, wide, tmp_path):
     with pytest.warns(UserWarning, match=UNTRAINED):
         load(wide, normalization=kind).save(tmp_path / "again")
     with pytest.warns(UserWarning, match=UNTRAINED):
@@ -740,7 +740,7 @@ def test_actions_that_nothing_has_trained_are_their_mean(kind, wide, tmp_path):
     assert not np.isclose(first[:, :3], second[:, :3]).any()
 
 
-def test_untrained_actions_stay_so_in_further_conversions(wide, tmp_path):
+def test_untrained_actions_stay_untrained_in_conversions(wide, tmp_path):
     with pytest.warns(UserWarning, match="This policy's actions d are untrained"):
         convert(wide, tmp_path / "wider", "torchpi", sizes={"action_dim": 6})
     assert json.loads((tmp_path / "wider" / "policy.json").read_text())["trained_action_dim"] == 3
@@ -748,16 +748,16 @@ def test_untrained_actions_stay_so_in_further_conversions(wide, tmp_path):
     assert "note: actions from 3 on, counted from 0, are noise" in str(report)
     with (
         pytest.warns(UserWarning, match=UNTRAINED),
-        pytest.raises(ValueError, match="trained the policy's d, and LeRobot would send"),
+        pytest.raises(ValueError, match="The policy's d are not trained, and LeRobot would send"),
     ):
         convert(wide, tmp_path / "lerobot", "lerobot")
     assert not (tmp_path / "lerobot").exists()
-    narrow = {"embodiment": EMBODIMENT, "norm_stats": tmp_path / "wide.json"}  # a robot without them
+    narrow = {"embodiment": EMBODIMENT, "norm_stats": tmp_path / "wide.json"}  # a robot without the untrained actions
     assert load(wide, **narrow).metadata["untrained_actions"] == []
 
 
 @pytest.mark.parametrize("value", [-1, 3, 4])
-def test_a_number_of_trained_actions_that_is_impossible_is_an_error(value, folder):
+def test_invalid_trained_action_dim_is_an_error(value, folder):
     document = json.loads((folder / "policy.json").read_text())
     (folder / "policy.json").write_text(json.dumps({**document, "trained_action_dim": value}))
     with pytest.raises(ValueError, match=f"trained_action_dim is {value}; expected less than action_dim 3"):

@@ -37,7 +37,7 @@ ROBOT = Embodiment.generic(
 )  # fmt: skip
 STATS = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
 FILES = ["model.safetensors", "model.safetensors.checksums.json", "norm_stats.json", "policy.json", "tokenizer.model"]
-# huggingface_hub's own, in uploads without Xet.
+# A warning inside huggingface_hub, for uploads without Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 RATE = {"success_rate": 0.9, "interval": [0.6, 0.98], "episodes": 10}
 
@@ -62,7 +62,7 @@ def saved(make, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A policy folder that a test may change."""
+    """A policy folder for tests that change it."""
     return shutil.copytree(saved, tmp_path / "policy")
 
 
@@ -87,10 +87,10 @@ def actions(policy):
     return policy.infer(policy.example_observation(), noise=noise, num_steps=1)["actions"]
 
 
-# There and back
+# Push and pull
 
 
-def test_what_is_pushed_comes_back_byte_for_byte_and_acts_the_same(hub, saved, tmp_path, capsys):
+def test_pushed_policy_is_pulled_byte_for_byte(hub, saved, tmp_path, capsys):
     done = push(saved)
     assert sorted(done.files) == sorted([*FILES, "README.md"])
     assert hub.repositories["org/name"].messages == ["Policy of two_joints"]
@@ -106,7 +106,7 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_acts_the_same(hub, saved, t
     assert (actions(policy) == actions(torchpi.load_policy(saved, device="cpu"))).all()
 
 
-def test_a_policy_pushes_itself(hub, make):
+def test_policy_push_to_hub(hub, make):
     policy = make()
     done = policy.push_to_hub("org/name", private=True, commit_message="better", dtype=torch.float32)
     assert hub.repositories["org/name"].private
@@ -115,7 +115,7 @@ def test_a_policy_pushes_itself(hub, make):
     assert (actions(Policy.from_pretrained("org/name", device="cpu")) == actions(policy)).all()
 
 
-def test_a_second_push_leaves_nothing_of_the_first_and_pull_replaces_it(hub, make, saved, tmp_path, capsys):
+def test_second_push_removes_old_files_and_pull_replaces_them(hub, make, saved, tmp_path, capsys):
     make().save(tmp_path / "shards", max_shard_bytes=100_000)
     push(tmp_path / "shards")
     main(["pull", "org/name"])
@@ -130,7 +130,7 @@ def test_a_second_push_leaves_nothing_of_the_first_and_pull_replaces_it(hub, mak
     assert "a test" in (fetch("hf://org/name") / "policy.json").read_text()
 
 
-def test_pull_downloads_only_what_has_changed(hub, folder, capsys):
+def test_pull_downloads_only_changed_files(hub, folder, capsys):
     push(folder)
     main(["pull", "org/name"])
     edit(folder, num_steps=7)
@@ -141,7 +141,7 @@ def test_pull_downloads_only_what_has_changed(hub, folder, capsys):
     assert Policy.from_pretrained("org/name", device="cpu").num_steps == 7
 
 
-def test_pull_without_a_connection_says_that_it_has_not_compared(hub, saved, monkeypatch, capsys):
+def test_pull_without_connection_notes_missing_comparison(hub, saved, monkeypatch, capsys):
     push(saved)
     main(["pull", "org/name"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -152,7 +152,7 @@ def test_pull_without_a_connection_says_that_it_has_not_compared(hub, saved, mon
     assert "version" in printed.out
 
 
-def test_a_damaged_folder_is_neither_pushed_nor_pulled(hub, folder, capsys):
+def test_damaged_folder_is_neither_pushed_nor_pulled(hub, folder, capsys):
     push(folder)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -166,7 +166,7 @@ def test_a_damaged_folder_is_neither_pushed_nor_pulled(hub, folder, capsys):
     assert "is damaged, or of another checkpoint" in capsys.readouterr().err
 
 
-def test_a_branch_and_a_pull_request(hub, saved):
+def test_push_to_branch_and_pull_request(hub, saved):
     hub.repositories["others/name"] = Repository()
     done = push(saved, "others/name", create_pr=True)
     assert done.url == "https://huggingface.co/others/name/discussions/1"
@@ -176,7 +176,7 @@ def test_a_branch_and_a_pull_request(hub, saved):
     assert Policy.from_pretrained("org/name", revision="for/two_arms", device="cpu").embodiment.name == "two_joints"
 
 
-def test_a_local_folder_wins_over_a_repository(folder, tmp_path, monkeypatch):
+def test_local_folder_has_priority_over_repository(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.move(folder, tmp_path / "org/name")
     policy = Policy.from_pretrained("org/name", device="cpu")
@@ -186,10 +186,10 @@ def test_a_local_folder_wins_over_a_repository(folder, tmp_path, monkeypatch):
         Policy.from_pretrained("org/name", revision="main")
 
 
-# What goes there
+# Uploaded contents
 
 
-def test_nothing_of_this_machine_is_uploaded(hub, folder):
+def test_local_paths_in_provenance_are_not_uploaded(hub, folder):
     recipe = {"data": {"dataset": "/home/alice/lab/set"}, "model": {"init": "~alice/secret/pi05"}}
     command = "torchpi sim record --out '/home/alice/My Data/set6' --seed 0"
     edit(folder, provenance={"recipe": recipe, "dataset": {"command": command}, "converted": {"source": "../al/x"}})
@@ -213,19 +213,19 @@ def test_nothing_of_this_machine_is_uploaded(hub, folder):
         ("a / b", None), ("lerobot/set", None),
     ],
 )  # fmt: skip
-def test_paths_in_the_provenance_keep_their_last_part_and_addresses_stay(text, left):
+def test_strip_local_paths_keeps_last_part_and_addresses(text, left):
     cleaned, removed = strip_local_paths([text], "x")
     assert cleaned == [text if left is None else left]
     assert bool(removed) == (left is not None)
 
 
-def test_paths_in_metadata_are_uploaded_and_named(hub, folder):
+def test_local_paths_in_metadata_are_uploaded_and_noted(hub, folder):
     edit(folder, metadata={"calibration": "/home/alice/arm.json"})
     (note,) = push(folder).notes
     assert note == "uploaded unchanged, with what may be local paths or credentials: metadata.calibration is 'arm.json'"
 
 
-def test_only_the_files_of_a_policy_are_uploaded_and_the_others_named(hub, folder):
+def test_only_policy_files_are_uploaded_and_others_noted(hub, folder):
     (folder / "state").mkdir()
     for name in ("state/optimizer.safetensors", "notes.txt", ".tmp"):
         (folder / name).write_text("x")
@@ -234,10 +234,10 @@ def test_only_the_files_of_a_policy_are_uploaded_and_the_others_named(hub, folde
     assert note == "not uploaded, since it is no part of a policy: .tmp, notes.txt, state/optimizer.safetensors"
 
 
-def test_a_card_that_somebody_has_written_stays(hub, saved, folder):
+def test_edited_card_is_kept(hub, saved, folder):
     push(saved)
     repository = hub.repositories["org/name"]
-    assert not push(saved).notes  # ours is replaced
+    assert not push(saved).notes  # a generated card is replaced
     repository.add("main", repository.files() | {"README.md": repository.files()["README.md"] + b"And mine."})
     assert push(saved).notes == ("README.md of org/name stays as it is: it was written or edited by hand",)
     assert repository.files()["README.md"].endswith(b"And mine.")
@@ -248,7 +248,7 @@ def test_a_card_that_somebody_has_written_stays(hub, saved, folder):
         push(folder, license="mit")
 
 
-def test_the_card_says_what_the_policy_says(hub, folder):
+def test_card_states_the_policys_facts(hub, folder):
     recipe = {"data": {"dataset": "hf://org/set@v2"}, "model": {"init": "hf://lerobot/pi05_base"}, "batch_size": 8}
     edit(folder, provenance={"source": "torchpi train", "recipe": recipe, "step": 300})
     push(folder, license="gemma", results={"env": "so101", "tasks": {"lift": RATE}, "episodes": ["/home/x"]})
@@ -269,7 +269,7 @@ def test_the_card_says_what_the_policy_says(hub, folder):
     assert stated["results"] == {"env": "so101", "tasks": {"lift": RATE}}
 
 
-def test_names_from_outside_are_text_in_the_card(make, hub):
+def test_untrusted_names_are_plain_text_in_the_card(make, hub):
     name = 'x"]\nlicense: mit\n---\n<script>|'
     policy = make(Embodiment.generic(name, cameras={"base_0_rgb": "a|b"}, state=["s", "t"], actions=["s", "t"]))
     policy.push_to_hub("org/name")
@@ -279,12 +279,12 @@ def test_names_from_outside_are_text_in_the_card(make, hub):
     assert "| a\\|b |" in card
 
 
-def test_results_that_are_no_evaluation_are_an_error(saved):
+def test_invalid_results_are_an_error(saved):
     with pytest.raises(ValueError, match="results is not an output of `torchpi eval --json`: expected tasks"):
         package(saved, "org/name", results={"chunks": 3})
 
 
-def test_a_checkpoint_of_a_run_brings_its_success(hub, saved, tmp_path, capsys):
+def test_checkpoint_of_a_run_includes_its_success_rate(hub, saved, tmp_path, capsys):
     policy = shutil.copytree(saved, tmp_path / "run/checkpoints/00000020/policy")
     (tmp_path / "run/train.json").write_text('{"eval": {"env": "metaworld"}}')
     lines = [{"step": step, "success_rate": rate, "success": {"push": RATE | {"success_rate": rate}}}
@@ -297,25 +297,25 @@ def test_a_checkpoint_of_a_run_brings_its_success(hub, saved, tmp_path, capsys):
     assert not hub.requests
 
 
-def test_push_prints_where_it_is_and_what_to_do_next(hub, saved, capsys):
+def test_push_prints_url_and_next_command(hub, saved, capsys):
     main(["push", str(saved), "hf://org/name", "--private"])
     assert re.search(r"6 files: https://\S+\nnext: torchpi pull org/name\n", capsys.readouterr().out)
     main(["push", str(saved), "org/name", "--json"])
     assert json.loads(capsys.readouterr().out)["files"][-1] == "README.md"
 
 
-# What is refused
+# Refused pushes
 
 
 @pytest.mark.parametrize(
     "name", ["name", "org/name/sub", "org/na me", "org/na--me", "org/name.git", "../x", "org/.", ""]
 )
-def test_names_that_the_hub_does_not_have(name, saved):
+def test_invalid_repository_names_are_refused(name, saved):
     with pytest.raises(ValueError, match=rf"{re.escape(repr(name))} is no name of a repository; expected ORG/NAME"):
         package(saved, name)
 
 
-def test_a_push_without_a_token_makes_no_request(hub, saved, monkeypatch):
+def test_push_without_token_makes_no_request(hub, saved, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match=r"needs a token that can write: run `hf auth login`, or set HF_TOKEN"):
         push(saved)
@@ -335,19 +335,19 @@ def test_a_push_without_a_token_makes_no_request(hub, saved, monkeypatch):
         ("bob/public", "hf_alice", "bob/public can't be written; the token that was sent lacks the permission"),
     ],
 )
-def test_a_push_without_the_right_to_write(name, token, message, hub, saved):
+def test_push_without_write_permission_is_an_error(name, token, message, hub, saved):
     hub.repositories |= {"bob/secret": Repository(private=True), "bob/public": Repository()}
     with pytest.raises(ValueError, match=message):
         push(saved, name, token=token)
 
 
-def test_a_push_offline(hub, saved, monkeypatch):
+def test_push_offline_is_an_error(hub, saved, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set, and nothing can be pushed to org/name: unset it"):
         push(saved)
 
 
-def test_a_private_push_into_a_public_repository(hub, saved):
+def test_private_push_to_public_repository_is_an_error(hub, saved):
     push(saved)
     with pytest.raises(ValueError, match="org/name exists, and is public"):
         push(saved, private=True)
@@ -355,14 +355,14 @@ def test_a_private_push_into_a_public_repository(hub, saved):
 
 
 @pytest.mark.parametrize("file", ["config.json", "params/_METADATA", "diffusion_pytorch_model.safetensors"])
-def test_a_repository_with_another_checkpoint(file, hub, saved):
+def test_repository_with_another_checkpoint_is_refused(file, hub, saved):
     hub.repositories["org/name"] = Repository(files={file: b"{}", "README.md": b"# Other"})
     with pytest.raises(ValueError, match=rf"org/name has {file}, of another checkpoint"):
         push(saved)
     assert not hub.repositories["org/name"].messages
 
 
-def test_a_repository_that_the_lerobot_plugin_wrote_gets_the_policy_beside_its_options(hub, saved):
+def test_push_keeps_options_of_the_lerobot_plugin(hub, saved):
     written = {"config.json": b'{"type": "torchpi", "n_action_steps": 2}', "policy_preprocessor.json": b"{}"}
     hub.repositories["org/name"] = Repository(files=written)
     push(saved)
@@ -373,7 +373,7 @@ def test_a_repository_that_the_lerobot_plugin_wrote_gets_the_policy_beside_its_o
         push(saved, "org/pi0")
 
 
-def test_a_token_that_may_write_but_not_create(hub, saved):
+def test_token_that_can_write_but_not_create(hub, saved):
     hub.repositories["org/name"] = repository = Repository()
     repository.branches["robots/left"] = repository.branches["main"]
     hub.writes_only = True
@@ -385,7 +385,7 @@ def test_a_token_that_may_write_but_not_create(hub, saved):
             push(saved, **options)
 
 
-def test_an_upload_that_breaks_changes_nothing_and_is_repeated(hub, saved, monkeypatch):
+def test_failed_upload_changes_nothing_and_can_be_repeated(hub, saved, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     hub.breaks = 100
     with pytest.raises(ValueError, match=r"Files are committed only after .*: org/name is unchanged\. Push again"):
@@ -396,13 +396,13 @@ def test_an_upload_that_breaks_changes_nothing_and_is_repeated(hub, saved, monke
     assert "policy.json" in hub.repositories["org/name"].files()
 
 
-def test_files_that_a_gitignore_swallows_are_an_error(hub, saved):
+def test_files_ignored_by_gitignore_are_an_error(hub, saved):
     hub.repositories["org/name"] = Repository(files={".gitignore": b"model.safetensors"})
     with pytest.raises(ValueError, match=r"lacks model\.safetensors, so that .* can't be loaded; .*\.gitignore"):
         push(saved)
 
 
-def test_other_checkpoints_and_runs_say_what_to_push(golden_root, saved, tmp_path):
+def test_other_checkpoints_and_runs_are_refused_with_advice(golden_root, saved, tmp_path):
     with pytest.raises(ValueError, match=r"openpi-jax; expected a policy folder.* convert \S+ FOLDER --to torchpi"):
         package(golden_root / "pi05/jax_ckpt_pure", "org/name")
     shutil.copytree(saved, tmp_path / "run/checkpoints/00000020/policy")
@@ -410,7 +410,7 @@ def test_other_checkpoints_and_runs_say_what_to_push(golden_root, saved, tmp_pat
         package(tmp_path / "run", "org/name")
 
 
-def test_changes_of_a_lora_training_are_pushed_where_others_have_the_base(hub, make, saved, folder):
+def test_adapter_is_pushed_only_if_its_base_is_remote(hub, make, saved, folder):
     model = make().model
     attach_lora(model, LoraConfig())
     for name, parameter in model.named_parameters():
@@ -443,7 +443,7 @@ def test_changes_of_a_lora_training_are_pushed_where_others_have_the_base(hub, m
         ),
     ],
 )
-def test_a_private_repository_is_pulled_with_its_owners_token(token, message, hub, saved, monkeypatch):
+def test_pull_of_private_repository_requires_its_owners_token(token, message, hub, saved, monkeypatch):
     push(saved, private=True)
     monkeypatch.delenv("HF_TOKEN")
     if token:
@@ -452,7 +452,7 @@ def test_a_private_repository_is_pulled_with_its_owners_token(token, message, hu
         Policy.from_pretrained("org/name")
 
 
-def test_a_gated_repository_names_the_page_of_its_terms(hub, saved, monkeypatch):
+def test_gated_repository_names_the_page_of_its_terms(hub, saved, monkeypatch):
     push(saved)
     hub.repositories["org/name"].gated = True
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
@@ -461,7 +461,7 @@ def test_a_gated_repository_names_the_page_of_its_terms(hub, saved, monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "format_"), [("lerobot", "lerobot"), ("openpi_pytorch", "openpi-pytorch")])
-def test_checkpoints_of_other_programs_are_pulled(kind, format_, hub, golden_root, capsys):
+def test_other_checkpoint_formats_are_pulled(kind, format_, hub, golden_root, capsys):
     root = golden_root / "pi05" / kind
     files = {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
     hub.repositories["other/name"] = Repository(files=files)

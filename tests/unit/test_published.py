@@ -1,4 +1,4 @@
-"""The published openpi checkpoints: each by its address alone, from a mirror on loopback with tiny weights."""
+"""The published openpi checkpoints load by their address only; from a local mirror with tiny weights."""
 
 import dataclasses
 import http.server
@@ -18,7 +18,7 @@ from torchpi.convert import convert
 from torchpi.robots import EMBODIMENTS
 
 TUPPERWARE = "open the tupperware and put the food on the plate"
-# Openpi's training configs: model, horizon, state as text, robot, statistics, normalization, prompt.
+# openpi's training configs: model, horizon, state in prompt, robot, statistics, normalization, prompt.
 PUBLISHED_POLICIES = {
     "pi0_aloha_towel": ("pi0", 50, False, 14, "trossen", "z_score", "fold the towel"),
     "pi0_aloha_tupperware": ("pi0", 50, False, 14, "trossen", "z_score", TUPPERWARE),
@@ -43,7 +43,7 @@ BASE_ASSETS = (
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """Answers of the XML interface of buckets: lists and objects."""
+    """Responses of the buckets' XML API: lists and objects."""
 
     root: pathlib.Path
 
@@ -91,7 +91,7 @@ def mirror(tmp_path_factory, golden_root):
     names = {name: (kind, [asset]) for name, (kind, *_, asset, _, _) in PUBLISHED_POLICIES.items()}
     names |= {name: (kind, list(BASE_ASSETS)) for name, kind in BASES.items()}
     for kind in ("pi0", "pi05"):
-        # Golden's π₀ has action_dim 7, and the published ones 32.
+        # Golden's π₀ has action_dim 7, the published models have 32.
         convert(
             golden_root / kind / "jax_ckpt_pure", root / kind, "openpi-jax",
             config=golden_root / kind / "model_config.json", sizes={"action_dim": 32}, check=False,
@@ -121,7 +121,7 @@ def mirror(tmp_path_factory, golden_root):
 
 @pytest.fixture
 def at_mirror(mirror, monkeypatch, golden_root, tmp_path):
-    """The published names lead to the mirror, and their presets to its sizes."""
+    """Redirect the published addresses to the mirror, and their presets to its sizes."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", mirror)
     monkeypatch.setenv("TORCHPI_HOME", str(tmp_path / "cache"))
     for name, published in list(PRESETS.items()):
@@ -134,7 +134,7 @@ def at_mirror(mirror, monkeypatch, golden_root, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED_POLICIES)
-def test_a_published_policy_loads_by_its_address_alone(at_mirror, name):
+def test_published_policy_loads_by_address_only(at_mirror, name):
     kind, horizon, state_as_text, actions, _, normalization, prompt = PUBLISHED_POLICIES[name]
     policy = torchpi.load_policy(f"{PUBLISHED}{name}")
     config = policy.model.config
@@ -152,7 +152,7 @@ def test_a_published_policy_loads_by_its_address_alone(at_mirror, name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_base_checkpoint_asks_for_the_robot(at_mirror, name):
+def test_base_checkpoint_requires_an_embodiment(at_mirror, name):
     with pytest.raises(ValueError, match="does not say which robot it is for: pass embodiment="):
         torchpi.load_policy(f"{PUBLISHED}{name}")
     with pytest.raises(ValueError, match=r"several: arx, arx_mobile, droid, .*choose with asset_id="):

@@ -1,4 +1,4 @@
-"""JSON documents become dataclasses, or one error that names the field."""
+"""Parsing JSON documents into dataclasses, with errors that name the field."""
 
 import dataclasses
 import re
@@ -73,12 +73,12 @@ def test_document_becomes_a_dataclass():
         ({"by_name": {"a": {"name": "a", "size": [0]}}}, r"Expected `int` >= 1 at `by_name\[\.\.\.\]\.size\[0\]`"),
     ],
 )
-def test_field_that_does_not_fit_is_named(changes, message):
+def test_invalid_field_is_named(changes, message):
     with pytest.raises(DatasetError, match=message):
         parse(Robot, DOCUMENT | changes, "robot.json", error=DatasetError)
 
 
-def test_unknown_fields_are_left_out_of_documents_of_other_programs():
+def test_unknown_fields_of_other_programs_are_ignored():
     document = DOCUMENT | {"colour": "red"}
     assert parse(Robot, document, "robot.json", known_only=False) == parse(Robot, DOCUMENT, "robot.json")
 
@@ -94,14 +94,14 @@ def test_read_json(tmp_path):
     assert read_json(file) == {"fps": 1}
 
 
-def test_a_field_that_only_has_a_default_is_named_where_all_must_be_stated():
+def test_unstated_field_is_named():
     complete = {"fps": 30, "cameras": [{"name": "base", "size": [4]}], "by_name": {}}
     require_stated(complete, complete, "robot.json", error=DatasetError)
     with pytest.raises(DatasetError, match=r"robot\.json lacks cameras\.0\.size, by_name; every field must be stated"):
         require_stated({"fps": 30, "cameras": [{"name": "base"}]}, complete, "robot.json", error=DatasetError)
 
 
-def test_a_written_document_is_read_again_and_nan_is_an_error(tmp_path):
+def test_write_json_round_trips_and_nan_is_an_error(tmp_path):
     write_json(tmp_path / "robot.json", {"name": "ü", "size": [1, 2]})
     assert read_json_object(tmp_path / "robot.json") == {"name": "ü", "size": [1, 2]}
     with pytest.raises(ValueError, match="JSON"):
@@ -121,7 +121,7 @@ def test_a_written_document_is_read_again_and_nan_is_an_error(tmp_path):
         ("\0", "Expecting value"),
     ],
 )
-def test_json_of_strangers_is_bounded_in_depth_and_numbers(tmp_path, text, message):
+def test_json_depth_and_number_sizes_are_limited(tmp_path, text, message):
     file = tmp_path / "robot.json"
     file.write_text(text)
     with pytest.raises(DatasetError, match=rf"robot\.json is not valid JSON: .*{re.escape(message)}"):
