@@ -315,7 +315,7 @@ def rewrite(root, change):
         (lambda a: a.pop("time_mlp_in.bias"), "missing: time_mlp_in.bias"),
         (lambda a: a.update({"x.lora_a": torch.zeros(2)}), "left over: x.lora_a"),
         (lambda a: a.update({"time_mlp_in.bias": torch.zeros(3)}), r"misshapen: time_mlp_in.bias is \[3\], expected \[32\]"),  # noqa: E501
-        (lambda a: a.update({"time_mlp_in.bias": torch.zeros(32, dtype=torch.int8)}), "has dtype I8; weights must be float32, bfloat16 or float16"),  # noqa: E501
+        (lambda a: a.update({"time_mlp_in.bias": torch.zeros(32, dtype=torch.int8)}), "weights must be float32, bfloat16 or float16, but time_mlp_in.bias has I8"),  # noqa: E501
         (lambda a: a.update({"model.extra": torch.zeros(32)}), "left over: model.extra"),
         (lambda a: [a.update({f"model.{k}": a.pop(k)}) for k in list(a) if k != "time_mlp_in.bias"], "some arrays have the prefix 'model.'"),  # noqa: E501
         (lambda a: a.pop(TIED_EMBEDDING), "There is no array .*embed_tokens"),

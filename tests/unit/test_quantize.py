@@ -385,7 +385,7 @@ LAYER = "expert.layers.0.attention.qkv"
         (lambda d: d["quantization"].update(kind="int4"), "int4"),
         (lambda d: d["quantization"]["input_scales"].update({"expert.layers.7": None}), "no layer expert.layers.7"),
         (lambda d: d["quantization"]["input_scales"].update({LAYER: 0.5}), "expected a positive number for fp8"),
-        (lambda d: d["quantization"]["input_scales"].pop(LAYER), f"{LAYER}.weight has dtype I8; weights must be"),
+        (lambda d: d["quantization"]["input_scales"].pop(LAYER), f"bfloat16 or float16, but {LAYER}.weight has I8"),
         (lambda d: d.update(quantization={"kind": "fp8", "input_scales": dict.fromkeys(
             d["quantization"]["input_scales"], 1.0)}), "has dtype I8; policy.json says torch.float8_e4m3fn"),
     ],

@@ -70,12 +70,12 @@ class Checkpoint:
     base: "Checkpoint | None" = None
     requested_config: Pi0Config | None = None
     """The sizes in `config=`; None: the stored ones."""
-    adapted: tuple[str, ...] = ()
-    """Changes of sizes to make when the model is loaded, see `adapt`."""
+    is_adapted: bool = False
+    """The model is cut or extended to `requested_config` when it is loaded."""
     is_paligemma: bool = False
     """The arrays are only PaliGemma's; the action weights are drawn at random."""
-    overruled: tuple[str, ...] = ()
-    """Statements of a file next to the arrays that `config=` or the arrays contradict."""
+    notes: tuple[str, ...] = ()
+    """Warnings for the user about contradictions, adapted sizes and untrained weights."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,18 +104,6 @@ class Checkpoint:
                 f"{self.address} is quantized to {self.quantization.kind} and can't be {purpose}; take the policy that "
                 "it was made from, and quantize the result."
             )
-
-    @property
-    def notes(self) -> list[str]:
-        """Warnings for the user about contradictions, adapted sizes and untrained weights."""
-        notes = list(self.overruled)
-        if self.adapted:
-            notes.append(f"{self.root} was adapted: {'; '.join(self.adapted)}")
-        if self.is_paligemma:
-            notes.append(
-                f"{self.root} is PaliGemma: the action expert and the projections are drawn at random, and untrained"
-            )
-        return notes
 
     def spec(self) -> PolicySpec:
         """Everything that the checkpoint states about its policy, except the weights."""
@@ -172,7 +160,7 @@ class Checkpoint:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise CheckpointError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or another of torch's.")
         stored_lora_config = self.lora(lora_alpha, lora)
-        config = self.stored_config if self.adapted else self.config
+        config = self.stored_config if self.is_adapted else self.config
         if self.adapter is not None:
             model = self._merged_model(config, dtype, device, dtypes or {}, rounding, verify=verify)
         else:
@@ -187,7 +175,7 @@ class Checkpoint:
                 draw_action_weights(model, seed=0)
             if verify:  # last, since the errors above say more about files that do not belong together
                 self.require_intact()
-        if self.adapted:
+        if self.is_adapted:
             adapt_model(model, self.config)
         model.trained_action_dim = self.trained_action_dim
         return model.eval()
@@ -263,17 +251,20 @@ def open_checkpoint(
         if adapt:
             raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
         return checkpoint
-    stored = checkpoint.stored_config
+    stored, changes = checkpoint.stored_config, list[str]()
     if not isinstance(requested, Pi0Config):
         requested = Pi0Config.from_dict(requested, stored, where=str(config))
     if adapt:
         model = Pi0(stored, device="meta")
         model.trained_action_dim = checkpoint.trained_action_dim
         changes = adapt_model(model, requested)
-        return dataclasses.replace(checkpoint, requested_config=requested, adapted=tuple(changes))
-    stating_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
-    overruled = overrule(root, stored, requested, in_file=stating_file)
-    return dataclasses.replace(checkpoint, requested_config=requested, overruled=(*checkpoint.overruled, *overruled))
+        notes = [f"{root} was adapted: {'; '.join(changes)}"] if changes else []
+    else:
+        stating_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
+        notes = overrule(root, stored, requested, in_file=stating_file)
+    return dataclasses.replace(
+        checkpoint, requested_config=requested, is_adapted=bool(changes), notes=(*checkpoint.notes, *notes)
+    )
 
 
 def load_model(
@@ -366,10 +357,8 @@ def _read_headers(
         fields["folded"] = lora_pairs(arrays)
     file = root / "config.json"
     stated = stated_sizes(file, document, is_lerobot=format_ == "lerobot")
-    config, contradictions = add_stated(config, stated, file, may_contradict=requested is not None)
-    return Checkpoint(
-        address, root, format_, config, arrays, document=document, overruled=tuple(contradictions), **fields
-    )
+    config, notes = add_stated(config, stated, file, may_contradict=requested is not None)
+    return Checkpoint(address, root, format_, config, arrays, document=document, notes=tuple(notes), **fields)
 
 
 def _open_paligemma(
@@ -386,7 +375,8 @@ def _open_paligemma(
             f"{', '.join(PRESETS)}, or a JSON file."
         )
     config = requested if isinstance(requested, Pi0Config) else Pi0Config.from_dict(requested)
-    return Checkpoint(address, root, "openpi-jax", config, arrays, paligemma_table, is_paligemma=True)
+    note = f"{root} is PaliGemma: the action expert and the projections are drawn at random, and untrained"
+    return Checkpoint(address, root, "openpi-jax", config, arrays, paligemma_table, is_paligemma=True, notes=(note,))
 
 
 @contextlib.contextmanager
@@ -421,10 +411,10 @@ def _open_peft(
     document, arrays = document or base.document, peft.PeftArrays(root, adapter_config, base.arrays)
     stated = stated_sizes(root / "config.json", document, is_lerobot=True)
     config = dataclasses.replace(base.stored_config, action_horizon=None, max_token_len=None)
-    config, overruled = add_stated(config, stated, root / "config.json", may_contradict=requested is not None)
+    config, notes = add_stated(config, stated, root / "config.json", may_contradict=requested is not None)
     return dataclasses.replace(
         base, address=address, root=root, format="lerobot", stored_config=config,
-        arrays=arrays, document=document, overruled=tuple(overruled), dropped={**base.dropped, **arrays.dropped},
+        arrays=arrays, document=document, notes=tuple(notes), dropped={**base.dropped, **arrays.dropped},
     )  # fmt: skip
 
 

@@ -111,6 +111,15 @@ class StoredArrays(Protocol):
         ...
 
 
+def loaded_dtypes(
+    source: pathlib.Path, stored: Mapping[str, str], supported: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """Dtype in which each array is loaded, from the stored ones in the format's notation."""
+    if unsupported := [f"{name} has {dtype}" for name, dtype in stored.items() if dtype not in supported]:
+        raise CheckpointError(f"{source}: weights must be float32, bfloat16 or float16, but {first_of(unsupported)}.")
+    return {name: supported[dtype] for name, dtype in stored.items()}
+
+
 class Rounding(dict[str, float]):
     """Largest rounding error of each parameter that was cast to a narrower dtype."""
 

@@ -11,14 +11,13 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from torchpi.checkpoints.layout import Shapes
+from torchpi.checkpoints.layout import Shapes, loaded_dtypes
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 from torchpi.model.suffix import init_projections
 
 # NumPy has no bfloat16, and writes it as untyped two-byte values.
 _DTYPES = {"float32": torch.float32, "float16": torch.float32, "void16": torch.bfloat16}
-"""Dtype in which arrays are loaded, by the stored dtype."""
 DRAWN = ("expert.", "suffix.", "action_out_proj.")
 """Name prefixes of the parameters that PaliGemma does not have."""
 _DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, ValueError, EOFError)
@@ -52,12 +51,8 @@ class NpzArrays:
                     self._members[name] = member.filename
         except _DAMAGED as error:
             raise CheckpointError(f"{file} is no .npz file, or is damaged: {error}; get the file again.") from error
-        if unsupported := [f"{name} has {dtype.name}" for name, dtype in dtypes.items() if dtype.name not in _DTYPES]:
-            raise CheckpointError(
-                f"{file}: weights must be float32, bfloat16 or float16, but {', '.join(unsupported[:8])}."
-            )
         self.shapes: Shapes = shapes
-        self.dtypes = {name: _DTYPES[dtype.name] for name, dtype in dtypes.items()}
+        self.dtypes = loaded_dtypes(file, {name: dtype.name for name, dtype in dtypes.items()}, _DTYPES)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         try:

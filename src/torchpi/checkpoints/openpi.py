@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchpi.checkpoints.layout import Shapes, require_writable
+from torchpi.checkpoints.layout import Shapes, loaded_dtypes, require_writable
 from torchpi.errors import CheckpointError
 from torchpi.schema import DECODER, bounded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
-"""Dtype in which arrays are loaded, by the stored dtype."""
 
 
 def find_params(root: pathlib.Path) -> pathlib.Path | None:
@@ -61,12 +60,7 @@ class JaxArrays:
         futures = {name: self._open(spec, path) for name, path in zip(names, paths, strict=True)}
         self._stores = {name: self._wait(name, future) for name, future in futures.items()}
         self.shapes: Shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
-        dtypes = {name: store.dtype.name for name, store in self._stores.items()}
-        if unsupported := [f"{name} has {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
-            raise CheckpointError(
-                f"{params}: weights must be float32, bfloat16 or float16, but {', '.join(unsupported[:8])}."
-            )
-        self.dtypes = {name: _DTYPES[dtype] for name, dtype in dtypes.items()}
+        self.dtypes = loaded_dtypes(params, {name: store.dtype.name for name, store in self._stores.items()}, _DTYPES)
 
     def _open(self, spec: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         import tensorstore

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from torchpi.checkpoints import checksums
-from torchpi.checkpoints.layout import Shapes, require_writable
+from torchpi.checkpoints.layout import Shapes, loaded_dtypes, require_writable
 from torchpi.errors import CheckpointError, MissingFileError, first_of
 from torchpi.schema import is_file_name, parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_READ = _DTYPES | {"F16": torch.float16}
 _QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 # PyTorch's own alignment: CPU kernels depend on it, and so do the last bits of matmul results.
 _ALIGNMENT = 64
@@ -54,27 +53,24 @@ class SafetensorsArrays:
             raise MissingFileError(f"{root} has neither {file.name} nor {index.name}; the weights are expected there.")
         self.source = file if file.is_file() else index
         self._files: dict[str, pathlib.Path] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
         weight_map = None if file.is_file() else _read_index(index)
         files = [file] if weight_map is None else [root / name for name in sorted(set(weight_map.values()))]
         self._open = {file: _open(file) for file in files}
         self._sizes = {file: file.stat().st_size for file in files}
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes, stored, quantized = {}, {}, quantized or {}
         for file, arrays in self._open.items():
             for name in arrays.keys():  # noqa: SIM118
                 if name in self._files:
                     raise CheckpointError(f"{root} holds {name} twice, in {self._files[name].name} and in {file.name}.")
                 entry = arrays.get_slice(name)
-                dtype, expected_dtype = entry.get_dtype(), (quantized or {}).get(name)
-                if expected_dtype is not None and _QUANTIZED.get(dtype) is not expected_dtype:
-                    raise CheckpointError(f"{file}: {name} has dtype {dtype}; policy.json says {expected_dtype}.")
-                if expected_dtype is None and dtype not in _READ:
-                    raise CheckpointError(
-                        f"{file}: {name} has dtype {dtype}; weights must be float32, bfloat16 or float16."
-                    )
-                self._files[name], shapes[name] = file, tuple(entry.get_shape())
-                self.dtypes[name] = (_DTYPES | _QUANTIZED).get(dtype, torch.float32)
+                self._files[name], shapes[name], dtype = file, tuple(entry.get_shape()), entry.get_dtype()
+                if name not in quantized:
+                    stored[name] = dtype
+                elif _QUANTIZED.get(dtype) is not quantized[name]:
+                    raise CheckpointError(f"{file}: {name} has dtype {dtype}; policy.json says {quantized[name]}.")
         self.shapes: Shapes = shapes
+        self.dtypes = loaded_dtypes(self.source, stored, _DTYPES | {"F16": torch.float32})
+        self.dtypes |= {name: dtype for name, dtype in quantized.items() if name in shapes}
         found = {name: file.name for name, file in self._files.items()}
         if weight_map is not None and weight_map != found:
             wrong = sorted(name for name in {*weight_map, *found} if weight_map.get(name) != found.get(name))
