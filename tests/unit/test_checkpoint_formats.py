@@ -110,7 +110,7 @@ def test_peft_adapter_for_another_format_is_an_error(tmp_path):
 
 def test_overruled_and_adapted_settings_are_notes(golden):
     explicit = torchpi.Pi0Config.from_json(golden.config)
-    assert open_checkpoint(golden.root / "lerobot", config=explicit).notes == []
+    assert open_checkpoint(golden.root / "lerobot", config=explicit).notes == ()
     shorter = dataclasses.replace(explicit, action_horizon=3)
     (note,) = open_checkpoint(golden.root / "lerobot", config=shorter).notes
     assert f"config= overrides action_horizon {explicit.action_horizon} with 3" in note

@@ -112,8 +112,8 @@ def _datasets(provenance: Mapping[str, Any]) -> list[str]:
     data = _options(provenance, "data")
     mixture = data.get("mixture")
     parts = (data, *(mixture if isinstance(mixture, list | tuple) else ()))
-    found = [part.get("dataset") for part in parts if isinstance(part, Mapping)]
-    return [dataset for dataset in found if dataset and isinstance(dataset, str)]
+    datasets = [part.get("dataset") for part in parts if isinstance(part, Mapping)]
+    return [dataset for dataset in datasets if dataset and isinstance(dataset, str)]
 
 
 def _options(provenance: Mapping[str, Any], group: str) -> Mapping[str, Any]:

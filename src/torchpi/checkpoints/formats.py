@@ -19,29 +19,29 @@ def format_of(root: pathlib.Path) -> Format:
 
 def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
     """Format of the checkpoint in a folder, path of its arrays, and contents of config.json (PyTorch formats only)."""
-    found: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
+    candidates: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
     if folder.is_policy_folder(root):
-        found.append(("torchpi", root, {}))
+        candidates.append(("torchpi", root, {}))
     has_config, has_adapter = (root / "config.json").is_file(), peft.is_peft(root)
     if has_adapter and has_weights(root):
         raise CheckpointError(f"{root} holds whole weights and PEFT's adapter; move one to a folder of its own.")
     if has_config and (has_weights(root) or has_adapter):
         document = read_json_object(root / "config.json")
-        if not (found and is_plugin_config(document)):
-            found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
-    elif has_adapter or (has_weights(root) and not found):
-        found.append(("lerobot" if has_adapter else "openpi-pytorch", root, {}))
+        if not (candidates and is_plugin_config(document)):
+            candidates.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
+    elif has_adapter or (has_weights(root) and not candidates):
+        candidates.append(("lerobot" if has_adapter else "openpi-pytorch", root, {}))
     if root.is_dir() and (params := openpi.find_params(root)) is not None:
-        found.append(("openpi-jax", params, {}))
-    if not found and (file := find_npz(root)) is not None:
-        found.append(("openpi-jax", file, {}))
-    if len(found) > 1:
+        candidates.append(("openpi-jax", params, {}))
+    if not candidates and (file := find_npz(root)) is not None:
+        candidates.append(("openpi-jax", file, {}))
+    if len(candidates) > 1:
         raise CheckpointError(
-            f"{root} holds checkpoints in two formats, {listed(format_ for format_, *_ in found)}; move one to a "
+            f"{root} holds checkpoints in two formats, {listed(format_ for format_, *_ in candidates)}; move one to a "
             "folder of its own."
         )
-    if found:
-        return found[0]
+    if candidates:
+        return candidates[0]
     if checkpoints := _checkpoints_in_run(root):
         steps = ", ".join(str(path.relative_to(root)) for path in checkpoints[-8:])
         raise CheckpointError(

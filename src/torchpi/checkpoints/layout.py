@@ -78,11 +78,8 @@ def stored_as(
 ) -> CheckpointArray:
     """Array that fills a parameter, or some rows of it, with permuted axes.
 
-    Args:
-        param: the parameter's name; with `depth`, "*" in it stands for the layer.
-        axes: names of the axes as in einops, stored order first: "heads in out -> heads out in".
-        sizes: size of each named axis.
-        depth: number of layers that are stacked on the array's first axis; None: not stacked.
+    `axes` names the axes as in einops, stored order first: "heads in out -> heads out in". With `depth`, that many
+    layers are stacked on the array's first axis, and "*" in `param` stands for the layer.
     """
     stored, _, reordered = axes.partition(" -> ")
     names = stored.split()

@@ -158,22 +158,21 @@ def torch_table(config: Pi0Config) -> Table:
     return table
 
 
-def torch_config(shapes: Shapes, stated: tuple[int, int, int] | None) -> Pi0Config:
-    """Sizes of the arrays. Fields that no array determines (horizon, prompt length and format) stay unset.
+def torch_config(shapes: Shapes, num_heads: tuple[int, int, int] | None) -> Pi0Config:
+    """Sizes of the arrays; `num_heads` as from `stated_heads`, or None for the published models'.
 
-    Args:
-        stated: numbers of heads, see `stated_heads`; None: the published models'.
+    Fields that no array determines (horizon, prompt length and format) stay unset.
     """
     width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
     backbone_width = sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1]
     vision, backbone = VISION_VARIANTS["so400m/14"], GEMMA_VARIANTS["gemma_2b"]
-    if not stated and (width, backbone_width) != (vision.width, backbone.width):
+    if not num_heads and (width, backbone_width) != (vision.width, backbone.width):
         raise CheckpointError(
             f"The arrays do not determine the numbers of heads of a vision tower of width {width} and a backbone of "
             f"width {backbone_width}, which are not the published model's: pass config= with siglip.num_heads, "
             "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)."
         )
-    vision_heads, heads, kv_heads = stated or (vision.num_heads, backbone.num_heads, backbone.num_kv_heads)
+    vision_heads, heads, kv_heads = num_heads or (vision.num_heads, backbone.num_heads, backbone.num_kv_heads)
 
     def depth(layers: str) -> int:
         return 1 + max(int(name[len(layers) + 1 :].split(".")[0]) for name in shapes if name.startswith(f"{layers}."))

@@ -68,7 +68,7 @@ def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot:
     fields = _LEROBOT_FIELDS if is_lerobot else _OPENPI_FIELDS
     require_fields(f"{'lerobot' if is_lerobot else 'openpi-pytorch'}: config.json", document, file)
     given = {name: value for name, value in document.items() if value is not None}
-    bounds = {theirs: (1, MAX_SIZES[ours]) for ours, theirs in fields.items()} | _LEROBOT_COUNTS
+    bounds = {name: (1, MAX_SIZES[field]) for field, name in fields.items()} | _LEROBOT_COUNTS
     for name in sorted(bounds.keys() & given.keys()):
         minimum, maximum = bounds[name]
         value = given[name]
@@ -80,7 +80,7 @@ def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot:
     for name in _FLAGS:
         if not isinstance(given.get(name, False), bool):
             raise CheckpointError(f"{file}: {name} must be true or false, found {given[name]!r}.")
-    stated = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
+    stated = {field: given[name] for field, name in fields.items() if name in given}
     if not is_lerobot:
         return stated | {name: given[name] for name in _FLAGS if name in given}
     stated["pi05"] = stated["discrete_state_input"] = document.get("type") == "pi05"
