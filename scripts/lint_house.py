@@ -76,7 +76,7 @@ def main(root: pathlib.Path) -> int:
     found = [
         *(line for path, text in files.items() for line in question_docstrings(path.relative_to(root), text)),
         *(line for path, text in package.items() for line in too_long(path.relative_to(root), text)),
-        *import_offenders(root / "src", package),
+        *import_violations(root / "src", package),
     ]
     for line in found:
         print(line)
@@ -110,7 +110,7 @@ def too_long(path: pathlib.Path, text: str) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {node.name} has {lines} lines; expected at most {MAX_FUNCTION_LINES}"
 
 
-def import_offenders(source: pathlib.Path, package: Mapping[pathlib.Path, str]) -> Iterator[str]:
+def import_violations(source: pathlib.Path, package: Mapping[pathlib.Path, str]) -> Iterator[str]:
     """Imports that violate the layers or form a cycle, and forbidden imports of torchpi/model."""
     modules = {module_name(path.relative_to(source)): path for path in package}
     graph: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""benchmarks/control.py: each mode of control under a delay, and the measurements of it."""
+"""benchmarks/control.py: control modes under a delay, and their measurements."""
 
 import json
 
@@ -12,12 +12,12 @@ from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.rollout import Rollout, run_episode
 
-STEPS = 4  # of a chunk, before the next is asked for
+STEPS = 4  # executed actions before the next chunk is requested
 
 
 @pytest.fixture
 def policy(corridor, monkeypatch):  # noqa: F811
-    """A policy of a steady pace, a tenth of its range (-1 to 1) faster with every chunk that it makes."""
+    """Policy with constant actions within a chunk, larger by a tenth of the range (-1 to 1) in each next chunk."""
     policy = random_policy()
     policy.requests = []
 
@@ -54,13 +54,13 @@ def test_sync_without_delay_equals_evaluation(policy):
 def test_sync_holds_robot_while_it_waits(policy):
     at_once, later = result(policy, "sync", 0), result(policy, "sync", 3)
     assert later.waits == 3 * later.chunks
-    assert later.steps_to_success == at_once.steps_to_success + 3 * (later.chunks - 1)  # not before the first
-    # It brakes and starts; within a chunk nothing changes.
+    assert later.steps_to_success == at_once.steps_to_success + 3 * (later.chunks - 1)  # no wait before the first chunk
+    # The robot stops and starts; within a chunk nothing changes.
     assert later.changes_at_borders.mean > at_once.changes_at_borders.mean
     assert later.changes_inside.mean == 0
 
 
-def test_async_jumps_from_chunk_to_chunk(policy):
+def test_async_jumps_at_chunk_borders(policy):
     found = result(policy, "async", 3)
     assert (found.holds, found.late_chunks, found.waits) == (0, 0, 3)
     # Only the first of the four dimensions differs, by a tenth of its range.
@@ -96,7 +96,7 @@ def test_rtc_sends_rest_of_chunk_and_delay(policy):
     assert second.actions.shape == (HORIZON - STEPS, 4)
 
 
-def test_robot_is_held_or_stopped_where_old_chunk_ends_too_early(policy):
+def test_robot_is_held_or_stopped_if_the_old_chunk_ends_too_early(policy):
     held = result(policy, "async", HORIZON - 2)
     assert held.holds > 0
     assert held.late_chunks == held.chunks - 1
@@ -131,7 +131,7 @@ def test_rtc_trained_runs_only_up_to_the_trained_delay(policy):
         ({"execute_steps": 17}, "its chunk has only 16"),
     ],
 )
-def test_impossible_options_are_refused_before_anything_runs(policy, arguments, message):
+def test_invalid_options_are_errors_before_anything_runs(policy, arguments, message):
     with pytest.raises(ValueError, match=message):
         control.bench_control(policy, **{"env": "corridor", "tasks": ["short"], "episodes": 1} | arguments)
 

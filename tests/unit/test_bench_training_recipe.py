@@ -1,4 +1,4 @@
-"""benchmarks/training_recipe.py: each variant trains, and changes what its name says."""
+"""benchmarks/training_recipe.py: each variant trains with the change that its name states."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_acceptance.py, whole on a CPU; and the count of a sampling's launches."""
+"""benchmarks/gpu_acceptance.py on a CPU, and the count of launches per sampling."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from torchpi.model.operations import Workload
 BENCHMARKS = pathlib.Path(gpu_acceptance.__file__).parent
 CPU = torch.device("cpu")
 ENGINE_LAYERS = {"backbone": 9, "expert": 8}
-"""Launches of a layer of the engine, docs/kernels.md."""
+"""Launches per engine layer, as in docs/kernels.md."""
 
 
 def part(seconds=60.0):
@@ -30,7 +30,7 @@ def part(seconds=60.0):
 
 
 @pytest.mark.slow
-def test_script_runs_whole_on_a_cpu(tmp_path):
+def test_script_runs_completely_on_a_cpu(tmp_path):
     assert gpu_acceptance.main(device="cpu", config="small", out=tmp_path / "found") == 0
     document = json.loads((tmp_path / "found.json").read_text())
     rows = document["rows"]
@@ -50,7 +50,7 @@ def test_script_runs_whole_on_a_cpu(tmp_path):
     for title in ("Checks", "Sampling", "Training", "Loading", "Launches per sampling"):
         assert f"### {title}\n\n" in text
     assert "| eager | plain | 3 + 200 | guidance |" in text
-    assert "| `triton attend` | 0 | 32 |" in text  # 3 layers in 10 steps, and 2 of the prefix
+    assert "| `triton attend` | 0 | 32 |" in text  # 3 layers in 10 steps, and 2 in the prefix
     assert "FAILED" not in text
 
 
@@ -98,7 +98,7 @@ def test_row_without_time_is_skipped_and_errors_are_rows():
 
 
 @pytest.mark.slow
-def test_part_in_a_process_of_its_own_is_stopped_at_its_end(tmp_path, monkeypatch):
+def test_isolated_part_is_stopped_at_its_deadline(tmp_path, monkeypatch):
     rows = tmp_path / "rows"
     gpu_acceptance.run_isolated("training checks", "cpu", "small", time.time() + 60, rows)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -107,7 +107,7 @@ def test_part_in_a_process_of_its_own_is_stopped_at_its_end(tmp_path, monkeypatc
     gpu_acceptance.run_isolated("training checks", "cpu", "small", time.time(), rows)
     last = json.loads(rows.read_text().splitlines()[-1])
     assert last == {"part": "training checks", "check": "the rest", "skipped": "the part's time was exceeded"}
-    # An error of the script itself.
+    # An error in the script itself.
     gpu_acceptance.run_isolated("no such part", "cpu", "small", time.time() + 60, rows)
     assert "ended with status" in json.loads(rows.read_text().splitlines()[-1])["error"]
 
@@ -156,7 +156,7 @@ def test_action_prefix_needs_at_most_2000_launches_and_the_plain_model_five_time
     assert gpu_launches.count_launches(work, engine=False)[0] > 5 * gpu_report.TARGET_LAUNCHES
 
 
-def test_launches_of_a_layer_are_those_of_the_documents():
+def test_launches_per_layer_match_the_documentation():
     config, count = gpu_checks.SMALL, {}
     for depth in (3, 4):
         for num_steps in (1, 2):
@@ -171,7 +171,7 @@ def test_launches_of_a_layer_are_those_of_the_documents():
     assert count[4, 2] - count[3, 2] == layer + ENGINE_LAYERS["expert"]
 
 
-def test_views_and_allocations_are_no_launches_and_operations_are():
+def test_operations_count_as_launches_but_views_and_allocations_do_not():
     x = torch.ones(4, 6)
     with gpu_launches.LaunchCounter("cpu") as counter:
         x.t().reshape(3, 2, 4)[0].unsqueeze(0).expand(5, 2, 4).detach()

@@ -1,6 +1,6 @@
-"""The two policies in LeRobot's own programs: lerobot-train, lerobot-eval and lerobot-rollout.
+"""Both policy types in LeRobot's own programs: lerobot-train, lerobot-eval and lerobot-rollout.
 
-In an environment with LeRobot; scripts/test_lerobot_plugin.sh makes one.
+Needs an environment with LeRobot; scripts/test_lerobot_plugin.sh creates one.
 """
 
 import importlib
@@ -36,13 +36,13 @@ def one_thread():
 
 
 def lerobot(monkeypatch, script, *arguments):
-    """One of LeRobot's programs."""
+    """Run one of LeRobot's programs."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     importlib.import_module(f"lerobot.scripts.{script}").main()
 
 
 def write_dataset(root, *, fps=80, cameras=("base", "wrist"), action=("dx", "dy", "dz", "gripper")):
-    """Three episodes of 24 frames, written by LeRobot."""
+    """Write three episodes of 24 frames with LeRobot."""
     image = {"dtype": "image", "shape": (48, 48, 3), "names": ["height", "width", "channels"]}
     features = {f"observation.images.{name}": image for name in cameras}
     features["observation.state"] = {"dtype": "float32", "shape": (4,), "names": ["x", "y", "z", "gripper"]}
@@ -67,7 +67,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
-    """The run folder of `lerobot-train`, two checkpoints."""
+    """Run folder of `lerobot-train` with two checkpoints."""
     run = tmp_path_factory.mktemp("run") / "train"
     with pytest.MonkeyPatch.context() as monkeypatch:
         lerobot(
@@ -88,7 +88,7 @@ def server():
 
 
 def made(dataset, **options):
-    """The policy that LeRobot makes for a dataset, its metadata and a batch of it."""
+    """Policy that LeRobot creates for a dataset, with the dataset's metadata and a batch."""
     config = make_policy_config("torchpi", **{"checkpoint": "demo", "device": "cpu", **options})
     meta = LeRobotDatasetMetadata("local/hand", root=dataset)
     steps = [i / meta.fps for i in config.action_delta_indices]
@@ -101,7 +101,7 @@ def made(dataset, **options):
     return policy, preprocessor(batch), postprocessor
 
 
-def test_loss_is_that_of_torchpi_for_the_same_frames(dataset):
+def test_loss_equals_torchpi_for_the_same_frames(dataset):
     policy, batch, _ = made(dataset, dtype="float32")
     rng = np.random.default_rng(1)
     noise = torch.from_numpy(rng.standard_normal((3, CHUNK, policy.model.config.action_dim), np.float32))
@@ -124,7 +124,7 @@ def test_loss_is_that_of_torchpi_for_the_same_frames(dataset):
     assert logged == {}
 
 
-def test_training_lowers_the_loss_and_leaves_a_policy_of_both_programs(trained, dataset):
+def test_training_lowers_the_loss_and_saves_a_policy_for_both_programs(trained, dataset):
     folder = trained / "checkpoints" / "000008" / "pretrained_model"
     before, batch, _ = made(dataset, norm_stats="dataset")
     config = PreTrainedConfig.from_pretrained(folder)
@@ -146,7 +146,7 @@ def test_training_lowers_the_loss_and_leaves_a_policy_of_both_programs(trained, 
     np.testing.assert_allclose(chunk[1].numpy(), expected, atol=1e-5)
 
 
-def test_resumed_run_goes_on_with_the_saved_weights(trained, monkeypatch, tmp_path):
+def test_resumed_run_continues_with_the_saved_weights(trained, monkeypatch, tmp_path):
     recipe = trained / "checkpoints" / "000004" / "pretrained_model" / "train_config.json"
     lerobot(
         monkeypatch,
@@ -160,7 +160,7 @@ def test_resumed_run_goes_on_with_the_saved_weights(trained, monkeypatch, tmp_pa
     assert steps[-1] == 8
 
 
-def test_saved_policy_is_not_turned_into_another_one(trained, dataset):
+def test_changing_a_saved_policys_source_is_an_error(trained, dataset):
     folder = trained / "checkpoints" / "last" / "pretrained_model"
     config = PreTrainedConfig.from_pretrained(folder, cli_overrides=["--embodiment=so101"])
     config.pretrained_path = folder
@@ -177,7 +177,7 @@ def test_saved_policy_is_not_turned_into_another_one(trained, dataset):
         ({"fps": 30}, "30 frames per second.*80 Hz"),
     ],
 )
-def test_dataset_of_another_robot_is_refused_by_name(tmp_path, changes, message):
+def test_dataset_of_another_robot_is_an_error_that_names_it(tmp_path, changes, message):
     root = write_dataset(tmp_path / "other", **changes)
     with pytest.raises((ValueError, KeyError), match=message):
         made(root)
@@ -193,7 +193,7 @@ def test_renamed_camera_is_read(tmp_path):
 
 
 def pusht_policy(root):
-    """The demo's weights around the actions of gym-pusht."""
+    """Policy with the demo's weights and the actions of gym-pusht."""
     demo = torchpi.load_policy("demo")
     table = Embodiment.generic(
         "pusht",
@@ -231,7 +231,7 @@ LOCAL = ("--policy.type=torchpi", "--policy.checkpoint=demo", "--policy.device=c
 
 @pytest.mark.parametrize("inference", ["sync", "rtc"])
 @pytest.mark.parametrize("kind", ["local", "remote", "saved"])
-def test_lerobot_rollout_drives_a_robot(monkeypatch, kind, inference, server, trained):
+def test_lerobot_rollout_controls_a_robot(monkeypatch, kind, inference, server, trained):
     policy = {
         "local": LOCAL,
         "remote": ("--policy.type=torchpi_remote", f"--policy.server={server}", "--policy.device=cpu"),
@@ -249,7 +249,7 @@ def test_lerobot_rollout_drives_a_robot(monkeypatch, kind, inference, server, tr
     assert np.abs(sent).max() < 5
 
 
-def test_remote_policy_acts_as_the_one_in_the_process(server, dataset):
+def test_remote_policy_equals_the_one_in_the_process(server, dataset):
     _, batch, _ = made(dataset)
     remote = make_policy(
         make_policy_config("torchpi_remote", server=server, device="cpu"),
@@ -285,7 +285,7 @@ def test_policy_without_an_address_names_the_option():
 
 
 def test_tokenizer_is_uploaded_with_the_policy(trained, monkeypatch, tmp_path):
-    """LeRobot's upload takes *.safetensors, *.json, *.yaml and *.md."""
+    """LeRobot's own upload only includes *.safetensors, *.json, *.yaml and *.md."""
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.policies import pretrained
 
