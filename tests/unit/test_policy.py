@@ -481,6 +481,7 @@ def test_nan_in_statistics_error_names_file_and_key(checkpoint, tokenizer):
         ("pi05-libero", "; did you mean gs://openpi-assets/checkpoints/pi05_libero? Expected a folder"),
         ("pi05", "; expected a folder"),
         ("tiny_pi0", "; expected a folder"),
+        ("localhost:8000", "; to evaluate with a server, pass ws://localhost:8000. Expected a folder"),
     ],
 )
 def test_path_without_checkpoint_error_lists_valid_paths(path, message, tmp_path, monkeypatch):

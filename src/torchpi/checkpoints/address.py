@@ -63,6 +63,8 @@ def _hint(path: str) -> str:
         return f"the published one is {PUBLISHED}{path}."
     expected = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
     addresses = {"demo": "demo"} | {name: f"{PUBLISHED}{name}" for name in PUBLISHED_NAMES}
+    if re.fullmatch(r"[\w.-]+:\d+", path):
+        return f"to evaluate with a server, pass ws://{path}. Expected {expected}"
     if close := closest(path, addresses):
         return f"did you mean {addresses[close]}? Expected {expected}"
     if "/" in path:
