@@ -12,7 +12,7 @@ from torchpi.errors import PolicyError
 def has_bfloat16(device: torch.device) -> bool:
     """Check for bfloat16 arithmetic. Without it bfloat16 is emulated, on a CPU about ten times slower than float32.
 
-    A CUDA device is assumed to have it if this machine has none.
+    A CUDA device is assumed to have it if CUDA is not available on this machine.
     """
     if device.type != "cpu":
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -9,7 +9,7 @@ from torchpi.errors import UsageError, is_whole
 
 
 def checked_seed(seed: Any, *, below: int = 2**64) -> int:
-    """Check the seed of a run; PyTorch's generators take 64 bits."""
+    """Check the seed of a run: a whole number from 0 to `below` - 1 (PyTorch's generators take 64 bits)."""
     if not is_whole(seed) or not 0 <= seed < below:
         raise UsageError(f"The seed is {seed!r:.80}; expected a whole number from 0 to {below - 1}.")
     return int(seed)

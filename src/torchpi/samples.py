@@ -21,8 +21,7 @@ first: the sample that a single inference with the same noise returns.
 SAMPLE_FIELDS = ("samples", "sample_index", "velocity_residuals", "action_std", "uncertainty")
 """Fields of `ActionChunk` that describe several samples."""
 _NORMALIZED_RANGE = {"quantile": 2.0, "z_score": 2 * DEVIATIONS}
-"""Width of the range from q01 to q99 in normalized units. It is unknown for "identity": the actions' own units are
-used."""
+"""Width of q01 to q99 in normalized units; unknown for "identity", where the actions' own units are used."""
 
 
 def finite_noise(

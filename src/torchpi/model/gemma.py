@@ -164,7 +164,6 @@ class FeedForward(nn.Module):
         self.down = Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Compute the feed-forward output."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(gelu_tanh(gate) * up)
 

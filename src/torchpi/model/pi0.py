@@ -329,10 +329,9 @@ class Pi0(nn.Module):
         """Compute the flow-matching loss: `forward`, averaged over the R samples of noise and time per observation.
 
         Args:
-            actions: normalized and padded to action_dim.
             noise: x at t = 1, [B, H, A] or [B, R, H, A]; by default drawn from N(0, 1) with `generator`.
             time: [B] or [B, R]; by default drawn from Beta(1.5, 1)·0.999 + 0.001 with `generator`.
-            flow_samples_per_obs: R, used if neither noise nor time is passed.
+            flow_samples_per_obs: R, used if neither noise nor time is passed. Other arguments as in `forward`.
 
         Raises:
             ValueError: shapes don't match the model or each other.

@@ -37,7 +37,6 @@ class TimeEmbedding:
         self._on_host = self._frequencies = angular_frequencies(dim // 2)
 
     def __call__(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
-        """Embed each time."""
         if self._frequencies.device != time.device:
             with torch.inference_mode(False):  # the next call may be training
                 self._frequencies = self._on_host.to(time.device)

@@ -101,7 +101,6 @@ def to_uint8_hwc(image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[n
 
     Args:
         image: [h, w, 3] for layout "hwc", [3, h, w] for "chw".
-        layout: "hwc" or "chw".
         dtype: "uint8", "float32" (values in [0, 1]), or "any" (uint8, or floating-point values in [0, 1]).
         camera: camera name, for messages.
 

@@ -243,8 +243,8 @@ def narrow_dims(stats: NormStats, names: Sequence[str], kind: str = "quantile") 
     constant_quantiles = constant_dims(stats, "quantile") if by_quantiles else []
     advice = "Normalize by z_score, or widen its q01 and q99 in norm_stats.json."
     messages = []
-    for i, (name, mean, std) in enumerate(zip(names, stats.mean, stats.std, strict=False)):
-        low, high = (end[i] for end in stats.training_range(kind))
+    columns = zip(names, stats.mean, stats.std, *stats.training_range(kind), strict=False)
+    for i, (name, mean, std, low, high) in enumerate(columns):
         if i in constant:
             messages.append(
                 f"{name} never changes (it is {mean:.6g}): any deviation from that is divided by 1e-6 when it is "
