@@ -134,7 +134,7 @@ def test_samples_are_distinct_and_as_many_as_possible(lengths, samples, seed):
 
 
 def test_sampling_no_frames_is_an_error():
-    with pytest.raises(ValueError, match="no frame to judge: the 2 episodes are empty"):
+    with pytest.raises(ValueError, match="no frames to sample: the 2 episodes are empty"):
         sample_frames((0, 0), 4)
     with pytest.raises(ValueError, match="samples is 0"):
         sample_frames((3,), 0)

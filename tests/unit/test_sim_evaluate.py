@@ -284,7 +284,7 @@ def test_execute_steps_beyond_the_chunk_is_an_error(corridor, policy):  # noqa: 
     with pytest.raises(ValueError, match="execute_steps is 17, but its chunk has only 16 actions"):
         quiet(policy, rollout=Rollout(17))
     short = random_policy(action_horizon=3)
-    with pytest.raises(ValueError, match="The policy recommends to execute 4, but its chunk has only 3 actions"):
+    with pytest.raises(ValueError, match="The policy recommends executing 4, but its chunk has only 3 actions"):
         quiet(short)
     assert quiet(short, episodes=1, rollout=Rollout(3, num_steps=1)).execute_steps == 3
 

@@ -212,7 +212,7 @@ def test_folder_with_other_content_is_refused_and_unchanged(corridor, tmp_path):
     quiet(tmp_path / "set")
     before = files(tmp_path / "set")
     for other in ({"seed": 5}, {"tasks": ["long", "short"]}, {"video": True}):
-        with pytest.raises(ValueError, match="exists already, with 4 episodes of other arguments"):
+        with pytest.raises(ValueError, match="has 4 episodes that were recorded with other arguments"):
             quiet(tmp_path / "set", **other)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("here")

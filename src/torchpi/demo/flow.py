@@ -55,7 +55,7 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
         ("images", f"{listed(keys.values())}: {count} × uint8 {shapes[f'0 image/{first}']}"),
         ("prompt", f"{trace.inputs.prompt!r}: {tokens}"),
         ("SigLIP, embedder", f"{count} × {shapes[f'2 image_tokens/{first}']} and {shapes['3 text_tokens']}"),
-        ("prefix", f"all of it in one sequence: {shapes['4 prefix_tokens']}"),
+        ("prefix", f"all tokens in one sequence: {shapes['4 prefix_tokens']}"),
         ("backbone, once", f"keys and values {cache} of each of {trace.count('layers')} layers"),
         ("action expert", f"{steps} Euler steps from noise {shapes['inference noise']}, each of which reads them"),
         ("action chunk", actions),

@@ -121,7 +121,7 @@ def _packaged_frame(policy: Policy, task: str, prompt: dict[str, Any], seed: int
 def _print_frames(console: Console, demo: Demo) -> None:
     problem = escape(str(demo.problem))
     console.print(f"\n[bold]Nothing can be rendered here[/bold], so there are no episodes and no videos: {problem}.")
-    console.print("\nThe policy sees packaged camera frames instead. The means of the chunks that it predicts:")
+    console.print("\nThe policy sees packaged camera frames instead. Means of the predicted chunks:")
     numbers = [Column(action.name, "number") for action in demo.policy.embodiment.actions]
     means = [(name, *(f"{mean:+.2f}" for mean in chunk.mean(axis=0))) for name, (_, chunk) in demo.frames.items()]
     console.print(Table([Column("task", "name"), *numbers], means).to_rich(), crop=False)
@@ -132,9 +132,9 @@ def _print_frames(console: Console, demo: Demo) -> None:
 
 def _write_page(console: Console, demo: Demo, page: pathlib.Path) -> None:
     replace_text(page, render_demo(demo, page.parent))
-    content = "the plot of a chunk, and all of this, as a page"
+    content = "a page with these results and a plot of the chunk"
     if demo.evaluation is not None:
-        content = "the videos and all of this as one page"
+        content = "a page with these results and the videos"
         if sum(os.path.getsize(video) for video in demo.evaluation.videos) > EMBEDDED_BYTES:
             content += ", which needs the videos next to it"
     console.print(f"\n[bold]{escape(str(page))}[/bold]: {content}", soft_wrap=True)

@@ -86,7 +86,7 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
         raise UsageError(f"samples is {samples}; expected 1 or more.")
     if not sum(lengths):
         empty = counted(len(lengths), "episode is", "episodes are")
-        raise UsageError(f"There is no frame to judge: the {empty} empty.")
+        raise UsageError(f"There are no frames to sample: the {empty} empty.")
     samples, sizes = min(samples, sum(lengths)), np.array(lengths)
     # Every episode gets up to `limit` samples, and randomly chosen longer ones get one more.
     limit = bisect.bisect_right(range(max(lengths) + 1), samples, key=lambda n: np.minimum(sizes, n).sum()) - 1

@@ -38,7 +38,7 @@ def quantize_policy(
         reading: further arguments of `LeRobotDataset`: rename, prompt, fps, tolerance_s.
     """
     if num_observations < 1:
-        raise UsageError(f"num_observations is {num_observations}; calibration needs 1 or more, better 64.")
+        raise UsageError(f"num_observations is {num_observations}; calibration needs 1 or more, preferably 64.")
     if kind == "int8" and dataset is not None:
         raise UsageError("int8 takes its scales from the weights and from each input: leave out --dataset.")
     check_target(out, overwrite=overwrite)  # before the long computation

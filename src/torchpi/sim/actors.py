@@ -116,7 +116,7 @@ def chosen_tasks(provenance: Mapping[str, Any], env: str, tasks: Sequence[str] |
         tasks = trained if set(trained) <= set(known) else []
         if not tasks and len(known) > MANY_TASKS:
             raise SimulationError(
-                f"The policy does not say on which tasks of {env} it was trained; name those to evaluate it in "
+                f"The policy does not say on which tasks of {env} it was trained; name the tasks to evaluate "
                 f"(--tasks): {', '.join(known)}."
             )
         tasks = tasks or known
@@ -159,7 +159,7 @@ def fitting_rollout(env: str, rollout: Rollout, recommended: int | None, horizon
         if rollout.execute_steps:
             source = "execute_steps is"
         else:
-            source = f"{env} executes" if protocol else "The policy recommends to execute"
+            source = f"{env} executes" if protocol else "The policy recommends executing"
         raise SimulationError(
             f"{source} {execute_steps}, but its chunk has only {horizon} actions; choose --execute-steps up to that."
         )

@@ -223,8 +223,8 @@ class _RecordingFolder:
         same_video = (info["video_path"] is not None) == video
         if not same_settings or not same_video or len(tasks) != complete or tasks != [t for t, _ in jobs[:complete]]:
             raise SimulationError(
-                f"{self.root} exists already, with {complete} episodes of other arguments ({document['command']}); "
-                "use the same arguments to continue, or choose another path."
+                f"{self.root} has {complete} episodes that were recorded with other arguments "
+                f"({document['command']}); use the same arguments to continue, or choose another path."
             )
         return complete
 

@@ -217,8 +217,8 @@ def import_simulation(module: str) -> Any:
         raise
     except ImportError as error:  # a system library that OpenCV needs, or another distribution of the same module
         raise SimulationError(
-            f"{module} can't be imported: {str(error).rstrip('.')}. Where a library is missing, on Debian or Ubuntu: "
-            "apt-get install libgl1 libglib2.0-0."
+            f"{module} can't be imported: {str(error).rstrip('.')}. If a system library is missing, on Debian or "
+            "Ubuntu: apt-get install libgl1 libglib2.0-0."
         ) from error
 
 
