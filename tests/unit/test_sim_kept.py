@@ -145,10 +145,10 @@ def test_folder_without_settings_is_refused(corridor, policy, tmp_path):  # noqa
 @pytest.mark.parametrize("damage", ["empty", "cut"])
 def test_episode_with_a_damaged_video_runs_again(corridor, policy, tmp_path, damage):  # noqa: F811
     run(policy, tmp_path, episodes=1, videos=1)
-    whole = (video := tmp_path / "short_0.mp4").read_bytes()
-    video.write_bytes(whole[: len(whole) - 100] if damage == "cut" else b"")
+    content = (video := tmp_path / "short_0.mp4").read_bytes()
+    video.write_bytes(content[:-100] if damage == "cut" else b"")
     run(policy, tmp_path, episodes=1, videos=1)
-    assert video.read_bytes() == whole
+    assert video.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_episode_with_a_damaged_video_runs_again(corridor, policy, tmp_path, dam
 )
 def test_damaged_outcome_error_names_its_file(corridor, policy, tmp_path, changes):  # noqa: F811
     first = run(policy, tmp_path, episodes=1)
-    whole = json.loads((file := tmp_path / "episodes" / "short_0.json").read_text())
-    file.write_text("" if changes is None else json.dumps(whole | changes))
+    outcome = json.loads((file := tmp_path / "episodes" / "short_0.json").read_text())
+    file.write_text("" if changes is None else json.dumps(outcome | changes))
     with pytest.raises(ValueError, match=r"short_0\.json.* Delete this file, and the same command runs"):
         run(policy, tmp_path, episodes=1)
     file.unlink()

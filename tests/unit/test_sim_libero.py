@@ -188,11 +188,13 @@ def test_observations_equal_openpis_client(suite, task, tmp_path):
     pytest.importorskip("openpi_client")
     actions = np.random.default_rng(0).uniform(-1.2, 1.2, (6, 7))
     np.save(tmp_path / "actions.npy", actions)
-    done = python(libero_client.__file__, f"libero_{suite}", task, 1, tmp_path / "actions.npy", tmp_path / "seen.npz")
-    assert (tmp_path / "seen.npz").exists(), done.stderr
+    done = python(
+        libero_client.__file__, f"libero_{suite}", task, 1, tmp_path / "actions.npy", tmp_path / "observations.npz"
+    )
+    assert (tmp_path / "observations.npz").exists(), done.stderr
     with (
         contextlib.closing(make_environment(f"libero_{suite}", task)) as environment,
-        np.load(tmp_path / "seen.npz") as expected,
+        np.load(tmp_path / "observations.npz") as expected,
     ):
         environment.reset(4)
         environment.step(np.ones(7))

@@ -128,16 +128,18 @@ def test_replay_equals_the_recorded_episode(tmp_path):
     for i in range(len(data)):
         frame = data.numbers(i)
         if frame["images_are_new"]:
-            seen, recorded = environment.observe(), data[i]
-            np.testing.assert_array_equal(recorded["observation.images.image"], seen["observation/image"])
-            np.testing.assert_array_equal(recorded["observation.images.wrist_image"], seen["observation/wrist_image"])
+            observation, recorded = environment.observe(), data[i]
+            np.testing.assert_array_equal(recorded["observation.images.image"], observation["observation/image"])
+            np.testing.assert_array_equal(
+                recorded["observation.images.wrist_image"], observation["observation/wrist_image"]
+            )
         else:
-            seen = environment.observe_snapshot(environment.snapshot(), images=False)
-        np.testing.assert_array_equal(frame["observation.state"], seen["observation/state"].astype(np.float32))
+            observation = environment.observe_snapshot(environment.snapshot(), images=False)
+        np.testing.assert_array_equal(frame["observation.state"], observation["observation/state"].astype(np.float32))
         done.append(environment.step(frame["action"][0]))
     assert done[-1]
     assert done.index(True) == len(data) - 26  # afterwards the expert released the object, which stayed in place
-    assert seen["observation/state"][6] > 0.035
+    assert observation["observation/state"][6] > 0.035
     environment.close()
 
 

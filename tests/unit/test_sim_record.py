@@ -228,7 +228,7 @@ def test_resumed_recording_equals_an_uninterrupted_one(
     monkeypatch,
     ends,
 ):
-    quiet(tmp_path / "whole", noisy_fraction=0.5)
+    quiet(tmp_path / "uninterrupted", noisy_fraction=0.5)
     add_episode = LeRobotWriter.add_episode
 
     def interrupted(self, episode, task):
@@ -245,9 +245,9 @@ def test_resumed_recording_equals_an_uninterrupted_one(
     result = quiet(tmp_path / "set", noisy_fraction=0.5)
     again = quiet(tmp_path / "set", noisy_fraction=0.5)  # all episodes exist
     assert result.episodes == again.episodes == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "set"}
-    assert recording(tmp_path / "set") == recording(tmp_path / "whole")
-    for frame, expected in zip(frames(tmp_path / "set"), frames(tmp_path / "whole"), strict=True):
+    assert {path.name for path in tmp_path.iterdir()} == {"uninterrupted", "set"}
+    assert recording(tmp_path / "set") == recording(tmp_path / "uninterrupted")
+    for frame, expected in zip(frames(tmp_path / "set"), frames(tmp_path / "uninterrupted"), strict=True):
         assert all(np.array_equal(frame[key], expected[key]) for key in expected)
 
 
@@ -280,14 +280,14 @@ def killed(monkeypatch, out, saved, **options):
 
 
 def test_killed_recording_can_be_resumed(corridor, tmp_path, monkeypatch):  # noqa: F811
-    quiet(tmp_path / "whole")
+    quiet(tmp_path / "uninterrupted")
     for saved in (0, 1, 0, 1):
         killed(monkeypatch, tmp_path / "set", saved)
         assert any(tmp_path.glob("set*/.recording"))
     quiet(tmp_path / "set")
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "set"}
-    assert recording(tmp_path / "set") == recording(tmp_path / "whole")
-    assert len(frames(tmp_path / "set")) == len(frames(tmp_path / "whole"))
+    assert {path.name for path in tmp_path.iterdir()} == {"uninterrupted", "set"}
+    assert recording(tmp_path / "set") == recording(tmp_path / "uninterrupted")
+    assert len(frames(tmp_path / "set")) == len(frames(tmp_path / "uninterrupted"))
 
 
 def test_recording_names_all_package_versions_used(corridor, tmp_path, monkeypatch):  # noqa: F811

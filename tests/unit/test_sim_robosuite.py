@@ -49,13 +49,13 @@ def test_observations_equal_robosuites(task, name, tmp_path):
     pytest.importorskip("openpi_client")
     actions = np.random.default_rng(0).uniform(-1.2, 1.2, (5, 7))
     np.save(tmp_path / "actions.npy", actions)
-    done = python(robosuite_client.__file__, name, 11, tmp_path / "actions.npy", tmp_path / "seen.npz")
-    assert (tmp_path / "seen.npz").exists(), done.stderr
+    done = python(robosuite_client.__file__, name, 11, tmp_path / "actions.npy", tmp_path / "observations.npz")
+    assert (tmp_path / "observations.npz").exists(), done.stderr
     environment = make_environment("robosuite", task)
     environment.reset(3)
     environment.step(np.ones(7))
     environment.reset(11)
-    with np.load(tmp_path / "seen.npz") as expected:
+    with np.load(tmp_path / "observations.npz") as expected:
         libero_client.assert_observes(environment, actions, expected)
     environment.close()
 
