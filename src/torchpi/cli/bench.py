@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from torchpi.cli.common import EpisodeOptions, Episodes
+from torchpi.cli.common import EpisodeOptions, Episodes, Json
 from torchpi.errors import UsageError
 from torchpi.serving import require_extra
 from torchpi.threads import spin_briefly
@@ -49,8 +49,7 @@ class Bench:
     """For model: measure a second time while other processes keep all CPU cores busy."""
     repeats: int = 5
     """Number of timed runs; the median is reported."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     renamed: ClassVar = {
         "--draws": "--flow-samples-per-obs",
@@ -103,8 +102,7 @@ class BenchLoad:
     """Model config, a preset name or a JSON file, for a checkpoint that does not state all sizes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the loaded weights."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     def run(self) -> None:
         from torchpi.bench.load import run_bench_load
@@ -130,8 +128,7 @@ class BenchData:
     """Number of timed batches."""
     step_seconds: float | None = None
     """Duration of a training step in seconds; reports the fraction of time that training would wait for data."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
     episodes: Episodes = EpisodeOptions()
     aliases: ClassVar = {"--episodes": "--select"}
 
@@ -172,8 +169,7 @@ class BenchServe:
     """Number of concurrent clients in the load test."""
     seconds: float = 60.0
     """Duration of the load test, in seconds."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     renamed: ClassVar = dict.fromkeys(
         ("--guided", "--pairs"), "a script in the repository: python benchmarks/guidance.py --help"

@@ -6,7 +6,16 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions, EpisodeOptions, Episodes, LoadModel, PolicyOptions
+from torchpi.cli.common import (
+    Checkpoint,
+    CheckpointOptions,
+    EpisodeOptions,
+    Episodes,
+    Json,
+    LoadModel,
+    PolicyOptions,
+    PolicyPath,
+)
 from torchpi.ui.format import print_json
 
 
@@ -75,8 +84,7 @@ class Quantize:
     loss in quality, run eval on both policies. A quantized policy can't be trained or converted.
     """
 
-    policy: Annotated[str, tyro.conf.Positional]
-    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
+    policy: PolicyPath
     to: Literal["fp8", "int8"]
     """Number format."""
     out: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])]
@@ -123,14 +131,12 @@ class Doctor:
     camera, swapped cameras, another instruction, the mean state. The exit status is 1 if there is a problem.
     """
 
-    policy: Annotated[str, tyro.conf.Positional]
-    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
+    policy: PolicyPath
     inputs: pathlib.Path | None = None
     """Observation, an .npz file with the robot's own keys, as for infer."""
     dataset: str | None = None
     """LeRobot dataset of the policy's robot, a folder or hf://org/name; its images are not read."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
     episodes: Episodes = EpisodeOptions()
     load: LoadModel = PolicyOptions()
     aliases: ClassVar = {"--observation": "--inputs"}
@@ -152,16 +158,13 @@ class Compare:
     cache, velocity, chunk, and actions in the robot's units. The exit status is 1 if any of them differ.
     """
 
-    a: Annotated[str, tyro.conf.Positional]
-    """First policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
-    b: Annotated[str, tyro.conf.Positional]
-    """Second policy."""
+    a: PolicyPath
+    b: PolicyPath
     inputs: pathlib.Path
     """Observation, an .npz file with the robot's own keys, as for infer."""
     tolerance: float | None = None
     """Largest allowed difference of a stage, relative to its largest value; by default 1e-4."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
     load: LoadModel = PolicyOptions()
     aliases: ClassVar = {"--observation": "--inputs"}
 

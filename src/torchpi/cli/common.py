@@ -117,6 +117,10 @@ class EpisodeOptions(FrameOptions):
         return {**self.dataset_args(), "episodes": episodes, "prompt": self.prompt}
 
 
+PolicyPath = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(help='Policy folder, checkpoint, hf://… or gs://… address, or "demo".')
+]
+Json = Annotated[bool, tyro.conf.arg(help="Print one JSON document.")]
 Frames = Annotated[FrameOptions, tyro.conf.arg(name="")]
 Episodes = Annotated[EpisodeOptions, tyro.conf.arg(name="")]
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]

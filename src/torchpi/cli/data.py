@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from torchpi.atomic import replace_text
-from torchpi.cli.common import split_names
+from torchpi.cli.common import Json, split_names
 from torchpi.errors import UsageError, counted
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import PlainConsole
@@ -46,8 +46,7 @@ class DataInspect(_InspectCommand):
 
     html: pathlib.Path | None = None
     """Output file for a self-contained HTML page."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     def run(self) -> None:
         from torchpi.inspect.dataset import print_inspection, render_dataset_page
@@ -94,8 +93,7 @@ def write_draft(inspection: "Inspection", file: pathlib.Path, *, horizon: int = 
 class _EditCommand:
     out: pathlib.Path
     """Folder of the new dataset; it must not exist yet."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     def edit(self, progress: "Progress") -> "list[Edited]":
         raise NotImplementedError
@@ -236,8 +234,7 @@ class SimRecord:
     """Write camera images as video (small, lossy) instead of PNG (lossless)."""
     workers: int | None = None
     """Number of simulator processes; by default limited by CPU cores and memory."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     def run(self) -> None:
         from torchpi.sim import environment_name, simulator

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from torchpi.atomic import replace_text
-from torchpi.cli.common import EpisodeOptions, Load, SamplingOptions, refuse_changed, split_names
+from torchpi.cli.common import EpisodeOptions, Json, Load, SamplingOptions, refuse_changed, split_names
 from torchpi.errors import UsageError
 from torchpi.samples import PickName
 from torchpi.ui.format import print_json
@@ -88,8 +88,7 @@ class Eval:
     after an interruption, the same command continues from there. By default nothing is saved."""
     dry_run: bool = False
     """Check policy, tasks and options, and print what would run, without downloading, loading or simulating."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
     simulation: Annotated[SimulationOptions, tyro.conf.arg(name="")] = SimulationOptions()
     recorded: Annotated[DatasetOptions, tyro.conf.arg(name="")] = DatasetOptions()
     load: Load = SamplingOptions()

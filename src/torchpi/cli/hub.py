@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from torchpi.cli.common import Json
 from torchpi.ui.format import print_json
 
 
@@ -38,8 +39,7 @@ class Push:
     """Output of eval --env … --json for this policy, to include in the card and policy.json."""
     dry_run: bool = False
     """Print the card and the files instead of uploading."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     def run(self) -> None:
         from torchpi.checkpoints.publish import CARD, package, publish
@@ -92,8 +92,7 @@ class Pull:
     """Branch, tag or commit; by default main."""
     out: Annotated[pathlib.Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """New folder to copy it to."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
 
     def run(self) -> None:
         from torchpi.atomic import atomic_folder

@@ -15,6 +15,7 @@ from torchpi.cli.common import (
     Load,
     LoadModel,
     PolicyOptions,
+    PolicyPath,
     SamplingOptions,
     refuse_changed,
     split_names,
@@ -74,8 +75,7 @@ class Infer:
     also has `samples` [N, H, a], the index of the selected sample, and the spread of the samples.
     """
 
-    policy: Annotated[str, tyro.conf.Positional]
-    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
+    policy: PolicyPath
     inputs: pathlib.Path
     """Observation, an .npz file."""
     out: pathlib.Path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from torchpi.cli.common import FrameOptions, Frames
+from torchpi.cli.common import FrameOptions, Frames, Json
 from torchpi.errors import counted
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, PlainConsole, Table
@@ -41,8 +41,7 @@ class Stats:
     compare: tuple[str, ...] | None = None
     """Checkpoints or norm_stats.json files whose robots to rank by the fraction of the data inside [q01, q99], with
     reasons. With no value, the released checkpoints' robots are ranked by their descriptions, without a download."""
-    json: bool = False
-    """Print one JSON document."""
+    json: Json = False
     frames: Frames = FrameOptions()
     aliases: ClassVar = {"--episodes": "--select"}
 
