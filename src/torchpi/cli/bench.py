@@ -41,8 +41,7 @@ class Bench:
     device: str = "cpu"
     """Device: cpu or cuda."""
     engine: Literal["compiled", "graph", "eager"] | None = None
-    """For model: inference engine: torch.compile (compiled), CUDA graphs (graph), or the engine's plain operations
-    (eager); by default the plain model without an engine."""
+    """For model: inference engine (eager: its plain operations); by default the plain model without an engine."""
     compile: bool = False
     """For train: compile each layer with torch.compile."""
     busy: bool = False

@@ -26,11 +26,9 @@ class CheckpointOptions:
     """Arguments of `load_policy` that complete or override the settings stored in a checkpoint."""
 
     config: str | None = None
-    """Model config: a preset name or a JSON file; needed if the checkpoint states no action horizon or prompt
-    format."""
+    """Model config, if the checkpoint states no action horizon or prompt format: a preset name or a JSON file."""
     lora_alpha: tuple[float, float] | None = None
-    """LoRA alpha of the backbone and of the action expert in a JAX LoRA checkpoint; needed unless the ranks are
-    openpi's."""
+    """LoRA alpha of backbone and action expert, for a JAX LoRA checkpoint whose ranks are not openpi's."""
     embedding: Literal["embed_tokens", "lm_head"] | None = None
     """Token embedding to use if a PyTorch checkpoint stores two different ones."""
     embodiment: str | None = None
@@ -46,8 +44,7 @@ class CheckpointOptions:
     default_prompt: str | None = None
     """Prompt for observations that have none."""
     preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
-    """Program whose image resizing and state prompt to reproduce, for a LeRobot checkpoint that does not state its
-    version; lerobot means 0.5 or later."""
+    """Preprocessing, if a LeRobot checkpoint does not state its version; lerobot means 0.5 or later."""
     verify: bool = True
     """Verify the checksums of the weight files, if the checkpoint has any."""
 
@@ -72,8 +69,8 @@ class SamplingOptions(PolicyOptions):
     """Policy options, and the inference engine."""
 
     engine: Literal["auto", "eager", "compiled", "graph"] | None = None
-    """Inference engine: the plain model (eager), torch.compile (compiled) or CUDA graphs (graph); the default, auto,
-    selects graph on a CUDA device and eager elsewhere."""
+    """Inference engine: the plain model (eager), torch.compile (compiled) or CUDA graphs (graph).
+    By default (auto) graph on a CUDA device, and eager elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +78,12 @@ class FrameOptions:
     """Arguments of `LeRobotDataset` for reading frames."""
 
     rename: tuple[str, ...] = ()
-    """Rename the dataset's columns and cameras to LeRobot's names, as OLD=NEW: state=observation.state actions=action.
+    """Rename columns and cameras to LeRobot's names, as OLD=NEW: state=observation.state actions=action.
     Join columns with +: joint_position+gripper_position=observation.state."""
     fps: float | None = None
     """Frames per second to resample the dataset to, if the robot is controlled at another rate."""
     tolerance_s: float | None = None
-    """Maximum deviation of timestamps and video frames from their nominal times, in seconds; by default a quarter of
-    the frame interval."""
+    """Maximum error of timestamps and video frame times in seconds; by default a quarter of the frame interval."""
 
     def dataset_args(self) -> dict[str, Any]:
         """Arguments of `LeRobotDataset`."""
@@ -101,8 +97,7 @@ class EpisodeOptions(FrameOptions):
     """Frame options, episode selection, and prompt."""
 
     select: str | None = None
-    """Use only these episodes of the dataset, such as "0:40,57,100:", "task:open the *", or both: "0:40; task:open the
-    *"."""
+    """Use only these episodes, such as "0:40,57,100:", "task:open the *", or both: "0:40; task:open the *"."""
     prompt: str | None = None
     """Prompt for all frames, instead of the dataset's task texts."""
 

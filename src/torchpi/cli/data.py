@@ -138,8 +138,8 @@ class DataSplit(_EditCommand):
 
     dataset: Dataset
     parts: tuple[str, ...]
-    """Parts as NAME=EPISODES: train=0:40 val=40:, drawers="task:open the *", or consecutive fractions, train=0.8
-    val=0.2. Episodes in no part are left out."""
+    """Parts as NAME=EPISODES: train=0:40 val=40:, drawers="task:open the *", or fractions: train=0.8 val=0.2.
+    Fractions are consecutive. Episodes in no part are left out."""
 
     def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import split_dataset
@@ -208,26 +208,23 @@ class SimRecord:
     episodes: int
     """Number of episodes per task."""
     tasks: str | None = None
-    """Task names, separated by commas: drawer-open,door-open for metaworld, lift,place for so101, lift,stack for
-    robosuite, 0,1 for libero; by default all tasks that have an expert."""
+    """Task names, such as drawer-open,door-open, or 0,1 for libero; by default all tasks that have an expert."""
     env: str = "metaworld"
     """Simulator with scripted experts: metaworld, so101, robosuite or libero."""
     suite: str | None = None
     """Task suite of libero: spatial, object or goal."""
     render_every: int = 1
-    """Render every n-th frame and repeat its images in between, for libero and robosuite, whose rendering takes most of
-    the time. A column marks the rendered frames; training starts only at these."""
+    """Render every n-th frame and repeat its images in between; saves time in libero and robosuite.
+    A column marks the rendered frames; training starts only at these."""
     seed: int = 0
-    """Random seed for the whole recording. Recorded episodes never coincide with those of `eval`, whatever the
-    seeds."""
+    """Random seed for the whole recording. Whatever the seed, no episode coincides with one of `eval`."""
     noise: float = 0.4
-    """Standard deviation of the noise added to executed actions; 1 is the largest action in metaworld, 4° per joint in
-    so101, and 0.4 of the largest hand movement in libero and robosuite."""
+    """Standard deviation of the noise added to executed actions.
+    1 is the largest action in metaworld, 4° per joint in so101, 0.4 of the largest hand movement in the others."""
     noisy_fraction: float = 0.5
     """Fraction of each task's episodes that get noise."""
     push_rate: float = 0.02
-    """Probability per step, in noisy episodes, that the arm is pushed away for 5 to 20 steps, which shows how to
-    recover from a miss."""
+    """Probability per step of a noisy episode that the arm is pushed away for 5 to 20 steps, to show a recovery."""
     image_size: int | None = None
     """Height and width of the images in pixels; by default the simulator's."""
     video: bool = False

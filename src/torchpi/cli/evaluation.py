@@ -22,18 +22,16 @@ class SimulationOptions:
     suite: str | None = None
     """With --env libero: task suite: spatial, object, goal, 10 or 90. Its tasks are named 0, 1, …"""
     protocol: str | None = None
-    """With --env libero: evaluation protocol, openpi (default) or lerobot. lerobot uses 280 steps in spatial, 10
-    episodes, another seed and 256-pixel images, and executes as many actions as the policy recommends."""
+    """With --env libero: evaluation protocol, openpi (default) or lerobot.
+    lerobot: 280 steps in spatial, 10 episodes, another seed, 256-pixel images, the policy's own execute_steps."""
     tasks: str | None = None
-    """With --env: task names, separated by commas; by default the tasks the policy was trained on, or all of LIBERO's
-    suite."""
+    """With --env: task names, separated by commas; by default the policy's training tasks, in LIBERO all tasks."""
     episodes: int | None = None
     """With --env: episodes per task; by default 20, or in LIBERO one for each of the 50 initial states."""
     workers: int | None = None
     """With --env: number of simulator processes; by default limited by CPU cores and memory, and one on a GPU."""
     execute_steps: int | None = None
-    """With --env: number of actions to execute of each chunk; by default what the policy recommends, or half a chunk;
-    in LIBERO 5."""
+    """With --env: actions to execute of each chunk; by default as the policy recommends or half, in LIBERO 5."""
     num_samples: int | None = None
     """With --env: number of chunks to sample each time, of which one is executed; by default 1."""
     pick: PickName | None = None
@@ -41,8 +39,8 @@ class SimulationOptions:
     max_steps: int | None = None
     """With --env: number of actions after which an episode counts as failed; by default the simulator's limit."""
     swap: str | None = None
-    """With --env: swap the instructions of two tasks, such as faucet-open:faucet-close; separate several pairs by
-    commas. A policy that follows its instruction then fails the task."""
+    """With --env: swap the instructions of two tasks, as faucet-open:faucet-close; separate pairs by commas.
+    A policy that follows its instruction then fails the task."""
     blank_images: bool = False
     """With --env: replace the camera images by black ones."""
     videos: int = 0
@@ -79,13 +77,13 @@ class Eval:
     dataset: str | None = None
     """LeRobot dataset of the policy's robot: a folder, or hf://org/name."""
     seed: int | None = None
-    """Random seed for episodes, frames and noise; by default 0, in LIBERO 7. Evaluation episodes never coincide with
-    those of `sim record`, whatever the seeds."""
+    """Random seed for episodes, frames and noise; by default 0, in LIBERO 7.
+    Whatever the seed, no episode coincides with one of `sim record`."""
     num_steps: int | None = None
     """Number of Euler steps from noise to actions; by default 10."""
     out: pathlib.Path | None = None
-    """Output folder. On a dataset: plots of errors and chunks. In a simulator: finished episodes, videos and a page;
-    after an interruption, the same command continues from there. By default nothing is saved."""
+    """Output folder for plots of errors and chunks, or for simulated episodes, videos and a page.
+    After an interruption, the same command continues a simulation. By default nothing is saved."""
     dry_run: bool = False
     """Check policy, tasks and options, and print what would run, without downloading, loading or simulating."""
     json: Json = False

@@ -33,8 +33,7 @@ class Push:
     message: str | None = None
     """Commit message."""
     license: str | None = None
-    """License for the card, by its Hub identifier, such as apache-2.0; by default the card states which weights the
-    policy was trained from."""
+    """License for the card, such as apache-2.0; by default the card states which weights the policy started from."""
     results: pathlib.Path | None = None
     """Output of eval --env … --json for this policy, to include in the card and policy.json."""
     dry_run: bool = False

@@ -85,9 +85,9 @@ class Infer:
     num_samples: int | None = None
     """Number of chunks to sample, from which one is selected; all share one prefix computation."""
     pick: PickName | None = None
-    """Selection of the chunk: consensus (default) takes the one closest on average to the others, velocity_residual
-    the one with the straightest path from noise to actions, and first the one that is sampled without
-    --num-samples."""
+    """Selection of the chunk: consensus (default), the one closest on average to the others;
+    velocity_residual, the one with the straightest path from noise to actions;
+    first, the one that is sampled without --num-samples."""
     seed: int = 0
     """Random seed for the noise."""
     noise: pathlib.Path | None = None

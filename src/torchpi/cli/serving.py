@@ -29,8 +29,7 @@ class Serve:
     """Additional policies as NAME=PATH, served at ws://HOST:PORT/NAME; checkpoint options do not apply to them."""
     settings: Annotated[ServeSettings, tyro.conf.arg(name="")] = ServeSettings()
     record: pathlib.Path | None = None
-    """Record requests and chunks as a LeRobot dataset in this new or empty folder; with several policies, one dataset
-    per name."""
+    """New or empty folder in which to record requests and chunks as a LeRobot dataset, one per policy."""
     rerun: str | None = None
     """Show requests and chunks in Rerun: a new .rrd file, or the HOST:PORT of a running viewer."""
     load: Load = SamplingOptions()

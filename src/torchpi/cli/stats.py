@@ -39,8 +39,8 @@ class Stats:
     select: str | None = None
     """Use only these episodes, such as "0:40,57,100:", "task:open the *", or both: "0:40; task:open the *"."""
     compare: tuple[str, ...] | None = None
-    """Checkpoints or norm_stats.json files whose robots to rank by the fraction of the data inside [q01, q99], with
-    reasons. With no value, the released checkpoints' robots are ranked by their descriptions, without a download."""
+    """Checkpoints or norm_stats.json files whose robots to rank by the fraction of the data inside [q01, q99].
+    With no value, rank the robots of the released checkpoints by their descriptions, without a download."""
     json: Json = False
     frames: Frames = FrameOptions()
     aliases: ClassVar = {"--episodes": "--select"}

@@ -36,11 +36,10 @@ class Train:
     out: pathlib.Path | None = None
     """Run folder, new or empty."""
     recipe: str | None = None
-    """Recipe that sets the defaults below: a packaged one (metaworld, so101, libero), or a JSON file, such as
-    train.json of another run."""
+    """Recipe that sets the defaults below: metaworld, so101, libero, or a JSON file, such as a run's train.json."""
     resume: pathlib.Path | None = None
-    """Run folder to continue, by default with its own recipe. Options that do not change the updates may differ, such
-    as more steps or another number of processes."""
+    """Run folder to continue, with its own recipe.
+    Options that do not change the updates may differ, such as more steps or another number of processes."""
     plan: bool = False
     """Estimate the run's peak memory instead of training. If it does not fit, suggest changes and exit with status 1.
     The plan needs only the embodiment, not the dataset."""

@@ -37,8 +37,7 @@ class View:
     stride: int = 1
     """Show every n-th camera frame; states and actions are shown for all frames."""
     every: int | None = None
-    """Frames between two predicted chunks; by default the number of actions that the policy executes, or half of a
-    chunk."""
+    """Frames between two predicted chunks; by default as many as the policy executes, or half a chunk."""
     seed: int = 0
     """Random seed for the noise of the predictions."""
     recorded: Episodes = EpisodeOptions()
