@@ -1,4 +1,4 @@
-"""The last check of what a robot is sent."""
+"""`within_limits`: clipping, refusing or sending actions beyond the robot's limits."""
 
 import numpy as np
 import pytest
@@ -24,19 +24,19 @@ def test_actions_beyond_the_limits_are_clipped_and_counted():
     assert clipped == 2
     assert sent.dtype == np.float32
     np.testing.assert_array_equal(sent[:, 1:], np.array([[9, -5], [-1e30, 5], [0, 0]], np.float32))
-    # Not even by the rounding to float32.
+    # Rounding to float32 must not exceed the limit either.
     assert (np.abs(sent[:, 0].astype(np.float64)) <= 0.1).all()
     assert sent[0, 0] == pytest.approx(0.1, rel=1e-6)
 
 
 @pytest.mark.parametrize("beyond_limits", ["clip", "refuse"])
-def test_limit_itself_is_neither_refused_nor_counted(beyond_limits):
+def test_action_at_the_limit_is_neither_refused_nor_counted(beyond_limits):
     sent, clipped = within_limits(np.array([[0.1, 0.0, 0.0], [-0.1, 0.0, 0.0]]), arm(beyond_limits=beyond_limits))
     assert clipped == 0
     assert (np.abs(sent[:, 0].astype(np.float64)) <= 0.1).all()
 
 
-def test_actions_within_the_limits_are_the_same_bits():
+def test_actions_within_the_limits_are_sent_bit_for_bit():
     actions = np.random.default_rng(0).uniform(-0.099, 0.099, (4, 3))
     sent, clipped = within_limits(actions, arm())
     assert clipped == 0
@@ -44,7 +44,7 @@ def test_actions_within_the_limits_are_the_same_bits():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
-def test_actions_that_are_not_finite_are_refused_by_name(bad):
+def test_non_finite_action_error_names_the_dimension(bad):
     actions = np.zeros((5, 3))
     actions[2:, 1] = bad
     with pytest.raises(ActionError, match=r"y is not finite in 3 of 5 steps, at step 2 it is"):
@@ -59,10 +59,10 @@ def test_embodiment_may_refuse_actions_beyond_its_limits():
         within_limits(np.array([[0, 0, 0], [0.2, 0, 0]]), robot)
     with pytest.raises(ValueError, match="expected one of clip, refuse, send"):
         arm(beyond_limits="ignore")
-    assert "beyond_limits" not in arm().to_dict()  # files of before stay as they were
+    assert "beyond_limits" not in arm().to_dict()  # the default is left out, as in older files
 
 
-def test_openpis_robots_are_sent_what_openpi_sends_but_nothing_that_is_not_finite():
+def test_openpis_robots_get_unclipped_but_finite_actions():
     actions = np.full((2, 8), 3.0)
     assert within_limits(actions, get_embodiment("droid")) == (pytest.approx(actions), 0)
     with pytest.raises(ActionError, match="not finite"):
