@@ -103,11 +103,7 @@ def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[Prev
 def answer_of(
     actions: np.ndarray, clipped: int, sample_fields: Any, timing: Mapping[str, float], sample: Mapping[str, Any]
 ) -> ActionChunk:
-    """The action chunk for one observation, with the counts of clipped values and of prompt tokens cut off.
-
-    Args:
-        sample_fields: further fields about its action samples, if there are several.
-    """
+    """The action chunk for one observation. `sample_fields` describe its action samples, if there are several."""
     answer = ActionChunk(actions=actions, policy_timing=dict(timing), **sample_fields)
     if clipped:
         answer["actions_clipped"] = clipped

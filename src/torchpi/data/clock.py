@@ -19,11 +19,8 @@ def check_tolerance(tolerance_s: float | int | None, fps: float | int) -> float:
 
 
 def check_clock(timestamps: np.ndarray, episodes: Sequence[Episode], *, fps: float | int, tolerance_s: float) -> None:
-    """Refuse timestamps at another rate than fps, at which the actions of a chunk would be too fast or too slow.
-
-    Args:
-        timestamps: [F], of all frames of the episodes. The clock of each episode may start at any time.
-    """
+    """Refuse timestamps [F] at another rate than fps, at which the actions of a chunk would be too fast or too slow.
+    The clock of each episode may start at any time."""
     clock = timestamps.reshape(-1)
     lengths = np.array([episode.length for episode in episodes])
     firsts = np.repeat(np.cumsum(lengths) - lengths, lengths)  # [F]

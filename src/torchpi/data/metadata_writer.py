@@ -101,12 +101,8 @@ def merged_stats(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def episodes_table(
     info: Info, episodes: Sequence[SavedEpisode], groups: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]
 ) -> Any:
-    """Build the table meta/episodes: file positions and statistics of each episode.
-
-    Args:
-        groups: the episodes in each file, in order.
-        columns: all frames of each numeric feature, [F, d].
-    """
+    """Build the table meta/episodes: file positions and statistics of each episode. `groups` are the episodes of each
+    file, `columns` all frames of each numeric feature, [F, d]."""
     starts = np.cumsum([0, *(episode.length for episode in episodes)]).tolist()
     rows = []
     for number, group in enumerate(groups):

@@ -62,11 +62,8 @@ class Resampling:
 def resampling_for(
     path: Path, recorded_fps: float | int, embodiment: Embodiment | None, fps: float | int | None
 ) -> Resampling | None:
-    """The resampling of a dataset to `fps`, by default the recorded rate; None if it was recorded at this rate.
-
-    Raises:
-        ValueError: the rate is not the robot's control_hz, or an action's command is not known.
-    """
+    """The resampling of a dataset to `fps`, by default the recorded rate; None if it was recorded at this rate. An
+    error if the rate is not the robot's control_hz, or if the command of an action is not known."""
     rate, hz = recorded_fps if fps is None else fps, None if embodiment is None else embodiment.control_hz
     if not 0 < rate < np.inf:
         raise DatasetError(f"fps is {rate}; expected a positive number of frames per second.")

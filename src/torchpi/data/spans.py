@@ -46,15 +46,12 @@ class VideoSpans:
             self._check_overlaps(path, key, in_file)
 
     def check(self, path: Path, times: Callable[[], Times]) -> None:
-        """Refuse a file whose frames don't match the metadata of its selected episodes. Each file is checked once.
+        """Refuse a file whose frames (`times()`) don't match its selected episodes' metadata. Checked once per file.
 
         The span of a selected episode must have as many frames as the episode, with the first and the last one at the
         right time. The file must contain the frames of its episodes, in order, and no others; or end with the last
         frame of the last episode, if an editor left frames between episodes. Frames of episodes without a span may
         follow.
-
-        Args:
-            times: returns the times of all frames of the file.
         """
         if path in self._checked:
             return
