@@ -266,12 +266,12 @@ def test_existing_folder_is_an_error(images, tmp_path):
         delete_episodes(images, tmp_path / "new", "1")
 
 
-@pytest.mark.parametrize("place", ["write_parquet", "_copy_other_files"])
-def test_full_disk_leaves_nothing(place, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("function", ["write_parquet", "_copy_other_files"])
+def test_full_disk_leaves_nothing(function, images, tmp_path, monkeypatch):
     def full(*_):
         raise NO_SPACE
 
-    monkeypatch.setattr(rewrite, place, full)
+    monkeypatch.setattr(rewrite, function, full)
     with pytest.raises(OSError, match="No space left"):
         merge_datasets([images], tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
