@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from torchpi.config import GemmaConfig
-from torchpi.model.layers import Linear, attend, gelu_tanh, lecun_normal_
+from torchpi.model.layers import Linear, attend, geglu, lecun_normal_
 
 RMS_NORM_EPS = 1e-6
 ROPE_MAX_WAVELENGTH = 10_000.0
@@ -165,7 +165,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(gelu_tanh(gate) * up)
+        return self.down(geglu(gate, up))
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 """Layers shared by SigLIP and Gemma: linear layer, attention, initialization; and shape checks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,8 +61,18 @@ def attend(
 
 
 def gelu_tanh(x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
-    """GELU in its tanh form, 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as in Gemma and SigLIP."""
-    return F.gelu(x, approximate="tanh")
+    """GELU in its tanh form, 0.5·x·(1 + tanh u) = x·sigmoid(2u) with u = √(2/π)·(x + 0.044715·x³)."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype is not torch.float32:
+        return F.gelu(x, approximate="tanh")
+    # Half the time of PyTorch's function on a CPU.
+    two_u = (x * x).mul_(0.044715).add_(1).mul_(x).mul_(2 * (2 / math.pi) ** 0.5)
+    return two_u.sigmoid_().mul_(x)
+
+
+def geglu(gate: Float[Tensor, "*batch i"], up: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
+    """gelu(gate)·up (arXiv:2002.05202)."""
+    activated = gelu_tanh(gate)
+    return activated * up if torch.is_grad_enabled() else activated.mul_(up)  # in place: no new buffer in inference
 
 
 def float32_layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from torchpi.engine.kernels.fp8 import BLOCK, empty_output, to_fp8
 from torchpi.engine.kernels.jit import Kernel, as_output, constexpr, tl
-from torchpi.model.layers import gelu_tanh
+from torchpi.model import layers
 
 
 def geglu(gate_up: Float[Tensor, "B T gate_up"], fp8_scale: float | None = None) -> Float[Tensor, "B T I"]:
     """gelu(gate)·up."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return to_fp8(gelu_tanh(gate) * up, fp8_scale)
+    return to_fp8(layers.geglu(gate, up), fp8_scale)
 
 
 def linear_geglu(
