@@ -434,7 +434,7 @@ def test_pi0_fast_is_named(golden_pi05, tmp_path):
     arrays = JaxArrays(golden_pi05.checkpoint / "params")
     shapes = {name: shape for name, shape in arrays.shapes.items() if is_paligemmas(name)}
     (tmp_path / "params").mkdir()
-    write_params(tmp_path / "params", shapes, arrays.read, dtype=torch.float32)
+    write_params(tmp_path / "params", shapes, lambda name: arrays.read(name, torch.float32))
     with pytest.raises(ValueError, match="has no action expert, like π₀-FAST checkpoints, which are not supported yet"):
         torchpi.load_model(tmp_path)
 

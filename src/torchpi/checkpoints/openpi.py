@@ -102,13 +102,11 @@ def _array_name(path: tuple[str, ...]) -> str:
     return ".".join(inner[:-1] if inner[-1] == "value" else inner)
 
 
-def write_params(
-    params: pathlib.Path, shapes: Shapes, read: Callable[[str], torch.Tensor], *, dtype: torch.dtype | None = None
-) -> None:
+def write_params(params: pathlib.Path, shapes: Shapes, read: Callable[[str], torch.Tensor]) -> None:
     """Write a `params` folder that orbax can restore, with key paths as in openpi's published checkpoints.
 
     The folder must exist and be empty. Arrays are read by name and written one at a time, each as one zstd-compressed
-    chunk, by default in its own dtype.
+    chunk.
     """
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []
@@ -117,8 +115,8 @@ def write_params(
         keys = ("params", *name.split("."))
         path, size = ".".join(keys), list(shape)
         array = read(name)
-        require_writable(dtype or array.dtype)
-        _write_array(params, path, array.to(dtype or array.dtype).contiguous())
+        require_writable(array.dtype)
+        _write_array(params, path, array.contiguous())
         value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": size}
         tree[str(keys)] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
         sharding[base64.b64encode(path.encode()).decode()] = single
