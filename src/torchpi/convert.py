@@ -17,7 +17,7 @@ from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from torchpi.checkpoints.formats import Format, format_of
-from torchpi.checkpoints.layout import array_dtype, require_writable, stored_array
+from torchpi.checkpoints.layout import Rounding, array_dtype, require_writable, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import (
     EMBEDDING,
@@ -142,10 +142,10 @@ def convert(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     checkpoint.require_full_precision("converted")
-    spec = _spec(checkpoint, to, asset_id, policy)
-    model = checkpoint.model(dtype=None, lora_alpha=lora_alpha, verify=verify)
-    notes = _cast(model, dtype) if dtype else []
+    spec, rounding = _spec(checkpoint, to, asset_id, policy), Rounding()
+    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None, verify=verify)
     adapted = adapt(model, sizes or {})
+    notes = [f"{len(rounding)} weights are rounded, by at most {max(rounding.values()):g}"] if rounding else []
     with atomic_folder(path) as root:
         if to in ("torchpi", "lerobot"):
             assert spec is not None
@@ -172,16 +172,6 @@ def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
         dropped=checkpoint.dropped,
         **outcome,
     )
-
-
-def _cast(model: Pi0, dtype: torch.dtype) -> list[str]:
-    """Cast the weights in place, one at a time; return a note if some are rounded."""
-    errors = []
-    for parameter in model.parameters():
-        stored, parameter.data = parameter.data, parameter.data.to(dtype)
-        if error := float((stored - parameter.data).abs().max()):
-            errors.append(error)
-    return [f"{len(errors)} weights are rounded, by at most {max(errors):g}"] if errors else []
 
 
 def _spec(checkpoint: Checkpoint, to: Format, asset_id: str | None, policy: Mapping[str, Any]) -> PolicySpec | None:

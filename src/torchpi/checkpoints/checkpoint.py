@@ -16,7 +16,7 @@ from torchpi.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import existing_folder, published_name
 from torchpi.checkpoints.formats import Format, probe
-from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
+from torchpi.checkpoints.layout import Rounding, StoredArrays, Table, load_arrays, own_table
 from torchpi.checkpoints.lora import lora_pairs, stored_lora
 from torchpi.checkpoints.npz import NpzArrays, draw_action_weights
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
@@ -152,6 +152,7 @@ class Checkpoint:
         lora_alpha: tuple[float, float] | None = None,
         lora: LoraChoice = "fold",
         emulate_fp8: bool = False,
+        rounding: Rounding | None = None,
         verify: bool = True,
     ) -> Pi0:
         """Load the model in eval mode, with gradients enabled; for the arguments see `load_model` and `load_arrays`."""
@@ -161,14 +162,14 @@ class Checkpoint:
         stored_lora_config = self.lora(lora_alpha, lora)
         config = self.stored_config if self.is_adapted else self.config
         if self.adapter is not None:
-            model = self._merged_model(config, dtype, device, dtypes or {}, verify=verify)
+            model = self._merged_model(config, dtype, device, dtypes or {}, rounding, verify=verify)
         else:
             table = self.table(config)
             if stored_lora_config is not None:
                 table |= lora_table(config, stored_lora_config)
             model = load_arrays(
                 self.arrays, table, config, dtype=dtype, device=device, dtypes=dtypes, lora=stored_lora_config,
-                fold=lora == "fold", quantization=self.quantization, emulate_fp8=emulate_fp8,
+                fold=lora == "fold", quantization=self.quantization, emulate_fp8=emulate_fp8, rounding=rounding,
             )  # fmt: skip
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)
@@ -181,14 +182,14 @@ class Checkpoint:
 
     def _merged_model(
         self, config: Pi0Config, dtype: torch.dtype | None, device: str | torch.device,
-        dtypes: Mapping[str, torch.dtype], *, verify: bool,
+        dtypes: Mapping[str, torch.dtype], rounding: Rounding | None, *, verify: bool,
     ) -> Pi0:  # fmt: skip
         """Load the base, merge the adapter into it, and cast the result."""
         assert self.adapter is not None
         assert self.base is not None
         # The adapter belongs to the base weights as they were rounded in training; `merge_adapter` compares these.
         was_float32 = self.adapter.base.dtype == "float32"
-        base_dtype = torch.float32 if was_float32 or dtype is None else dtype
+        base_dtype = torch.float32 if was_float32 or dtype is None or rounding is not None else dtype
         base, alpha = dataclasses.replace(self.base, requested_config=config), None
         if base.folded:  # the adapter contains this LoRA, trained further
             alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
@@ -198,7 +199,10 @@ class Checkpoint:
         )  # fmt: skip
         merge_adapter(self.root, self.adapter, model, verify=verify)
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes.get(name, dtype or torch.float32))
+            merged = parameter.data
+            parameter.data = merged.to(dtypes.get(name, dtype or torch.float32))
+            if rounding is not None:
+                rounding.record(name, merged, parameter.data)
         return model
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -117,6 +117,14 @@ def loaded_dtypes(
     return {name: supported[dtype] for name, dtype in stored.items()}
 
 
+class Rounding(dict[str, float]):
+    """Largest rounding error of each parameter that was cast to a narrower dtype."""
+
+    def record(self, param: str, wide: Tensor, rounded: Tensor) -> None:
+        if wide.dtype is not rounded.dtype and (change := float(torch.sub(wide, rounded).abs_().max())):
+            self[param] = max(change, self.get(param, 0.0))
+
+
 def load_arrays(
     arrays: StoredArrays,
     table: Table,
@@ -129,6 +137,7 @@ def load_arrays(
     fold: bool = False,
     quantization: Quantization | None = None,
     emulate_fp8: bool = False,
+    rounding: Rounding | None = None,
 ) -> Pi0:
     """Build a model of the sizes in `config`, and fill every weight.
 
@@ -137,6 +146,7 @@ def load_arrays(
         dtypes: dtypes of single parameters, in place of `dtype`.
         lora: attach LoRA, whose arrays are in the table, in float32.
         fold: merge it into the base weights instead, before they are cast.
+        rounding: records the rounding errors of the casts.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = with_lora = Pi0(config, device="meta", dtype=dtype or torch.float32)
@@ -156,20 +166,37 @@ def load_arrays(
     for name, entry in sorted(table.items(), key=_loading_order):
         param = entry.slices[0].param
         target = with_lora if is_lora(param) else model
-        param_dtype = target.get_parameter(param).dtype
-        array = arrays.read(name, torch.float32 if param in updates else param_dtype)
-        for part in entry.slices:
-            parameter = target.get_parameter(part.param)
-            if entry.is_parameter:  # no copy
-                _set_parameter(target, part.param, array.to(device, param_dtype).view(parameter.shape))
-                continue
+        read_dtype = None if rounding is not None else target.get_parameter(param).dtype
+        array = arrays.read(name, torch.float32 if param in updates else read_dtype)
+        _fill(target, entry, array, device, updates, rounding)
+    return model
+
+
+def _fill(
+    model: Pi0,
+    entry: CheckpointArray,
+    array: Tensor,
+    device: str | torch.device,
+    updates: Mapping[str, Callable[[], Tensor]],
+    rounding: Rounding | None,
+) -> None:
+    """Copy a stored array into its parameters, with the LoRA updates of these added."""
+    for part in entry.slices:
+        parameter = model.get_parameter(part.param)
+        if entry.is_parameter:  # no copy
+            source = array.view(parameter.shape)
+            filled = source.to(device, parameter.dtype)
+            _set_parameter(model, part.param, filled)
+        else:
             if parameter.is_meta:
-                parameter = _set_parameter(target, part.param, torch.empty_like(parameter, device=device))
+                parameter = _set_parameter(model, part.param, torch.empty_like(parameter, device=device))
             source = part.of_array(array)
             if part.param in updates:
                 source = source.to(device) + part.of_parameter(updates[part.param]()).view(source.shape)
-            part.of_parameter(parameter).view(source.shape).copy_(source)
-    return model
+            filled = part.of_parameter(parameter).view(source.shape)
+            filled.copy_(source)
+        if rounding is not None:
+            rounding.record(part.param, source, filled)
 
 
 def _stored_dtypes(arrays: StoredArrays, table: Table) -> dict[str, torch.dtype]:
