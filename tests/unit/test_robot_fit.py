@@ -11,6 +11,7 @@ from torchpi.assets import assets
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, compute_norm_stats
 from torchpi.data.fit import (
+    mirrored_grippers,
     misfits,
     released_fits,
     require_normalizable_actions,
@@ -54,10 +55,6 @@ IN_DEGREES = np.where([1, 1, 1, 0], np.degrees([LOW, HIGH]), [LOW, HIGH])
             ["state lift, elbow: seems to turn the other way: inside with the opposite sign"],
         ),
         (
-            stats(LOW, HIGH, [-0.3, 1.1, 2.0, 0.9]),
-            ["state gripper: seems inverted: rests at the other end of its range"],
-        ),
-        (
             stats(np.roll(LOW, -1), np.roll(HIGH, -1)),
             ["state: seems to have another order of dimensions; it fits with the last one first"],
         ),
@@ -65,6 +62,33 @@ IN_DEGREES = np.where([1, 1, 1, 0], np.degrees([LOW, HIGH]), [LOW, HIGH])
 )
 def test_likely_causes_of_misfits(ours, expected):
     assert misfits("state", NAMES, ours, THEIRS) == expected
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"),
+    [
+        (0.1, []),
+        (0.5, []),
+        (0.9, ["gripper: the mean is 0.9, in the statistics 0.1, within 0 to 1: inverted, or other tasks?"]),
+    ],
+)
+def test_gripper_with_mirrored_mean_is_reported(tmp_path, capsys, mean, expected):
+    """By every comparison with statistics, as a question and without a claim that values are outside."""
+    assert mirrored_grippers("state", NAMES, stats(LOW, HIGH, [-0.3, 1.1, 2.0, mean]), THEIRS) == [
+        f"state {text}" for text in expected
+    ]
+    fine = np.clip(UNIFORM, -1, 1)
+    fine[:, 6] = np.arange(len(fine)) < mean * len(fine)
+    theirs = stats(*np.quantile(fine, [0.01, 0.99], 0), np.where(np.arange(7) == 6, 0.1, fine.mean(0)))
+    root, file = record(tmp_path / "set", "ur5e", fine), tmp_path / "norm_stats.json"
+    transforms = normalizing("quantile", state=theirs, actions=theirs)
+    found = stats_problems(LeRobotDataset(root, action_horizon=2), ABSOLUTE, transforms)
+    expected = [f"{key} {text}" for key in ("state", "actions") for text in expected]
+    assert [re.sub(r"^.*?normalize it: ", "", text) for text in found] == expected
+    save_norm_stats(file, {"state": theirs, "actions": theirs})
+    arguments = ("--embodiment", "ur5e", "--action-horizon", "2", "--compare", file, "--json")
+    (entry,) = json.loads(shown(capsys, root, *arguments).out)["compare"]
+    assert [text for text in entry["reasons"] if "inverted" in text] == expected
 
 
 def test_radians_are_distinguished_from_small_movements_in_degrees():
