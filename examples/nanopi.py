@@ -188,7 +188,7 @@ def rms_norm(w, name, x, cond, step, part, layer, show):
     else:
         norm = name.removeprefix("expert.").replace("layers.", "layer_").replace(".", "/")  # layer_0/pre_ffw_norm
         modulation = linear(w, f"{name}.dense", cond.to(x.dtype))  # [B, 3·d]
-        show("9" if step == "9" else "8", f"modulation/{norm}", modulation, layer)  # [B, 3·d]
+        show("9" if step == "9" else "8", f"modulation/{norm}", modulation, layer)  # listed with all layers in step 8
         scale, shift, gate = modulation[:, None].chunk(3, dim=-1)  # 3 × [B, 1, d]
         for parameter, value in (("scale", scale), ("shift", shift), ("gate", gate)):
             show(step, f"{part}/{parameter}", value, layer)  # [B, 1, d]
@@ -378,7 +378,8 @@ def main():
         prefix = embed_prefix(w, config, inputs, print_shape)  # [B, S, D], [B, S], [S]
         loss = training_loss(w, config, prefix, inputs, print_shape)  # [B, H]
         actions = sample_actions(w, config, prefix, inputs["state"], inputs["noise"], print_shape)  # [B, H, A]
-    print(f"loss {loss.mean():.4f}, actions from {actions.min():.3f} to {actions.max():.3f}")
+    note = " (random inputs: not a quality measure)" if args.inputs is None else ""
+    print(f"loss {loss.mean():.4f}{note}, actions from {actions.min():.3f} to {actions.max():.3f}")
     if args.out is not None:
         np.savez(args.out, loss=loss.numpy(), actions=actions.numpy())
 

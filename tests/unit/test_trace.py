@@ -5,6 +5,8 @@ import dataclasses
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -361,7 +363,7 @@ def test_step_0_begins_at_the_robots_observation(tiny, policy):
     order = ["robot/base", "embodiment/state", "normalized_state", "prompt_text", "token_ids", "tokenized_prompt"]
     assert [name for name in names if name in order] == order
     actions = next(entry for entry in tiny.entries if entry.name == "robot_actions")
-    assert actions.shape == (16, policy.embodiment.action_size)
+    assert (actions.shape, actions.dtype) == ((16, policy.embodiment.action_size), "float32")
 
 
 def test_mask_labels_are_aligned_with_their_tokens(tiny):
@@ -391,6 +393,7 @@ def test_text_fits_its_columns(capsys, tiny):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 160
     assert any("v_t, joint and cached" in line for line in lines)
+    assert any("blank, in both" in line for line in lines)
 
 
 class Tags(html.parser.HTMLParser):
@@ -428,6 +431,31 @@ def test_page_is_well_formed_and_self_contained(name, request):
     assert all(f'id="step-{step}"' in page for step in STEPS)
 
 
+def test_page_of_two_models_begins_with_the_comparison(pi0, pi05):
+    page = render_page(pi0, pi05)
+    assert "<title>π₀ and π₀.₅</title>" in page
+    assert "torchpi trace --compare pi0 pi05" in page
+    assert re.findall('<section id="(.*?)"', page) == ["compare", "flow", "mask", "steps", "parameters"]
+    assert "<h2>pi0: Step by step</h2>" in page
+    assert "parameters</span></div>" not in page  # no tile is about one model only
+
+
+@pytest.mark.slow
+def test_step_tables_fit_a_page_of_1280_pixels(tiny, tmp_path):
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no chromium")
+    wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
+    script = f"<script>document.title = 'too wide: ' + {wide}.length</script></body>"
+    (tmp_path / "page.html").write_text(render_page(tiny).replace("</body>", script), encoding="utf-8")
+    arguments = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--window-size=1280,1600", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    run = subprocess.run([chromium, *arguments], check=True, capture_output=True, timeout=120)
+    assert "<title>too wide: 0</title>" in run.stdout.decode()
+
+
 def test_page_escapes_text_from_files(policy):
     observation = demo_observation() | {"prompt": "<script>alert('π')</script>"}
     trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), observation, title="<b>"))
@@ -452,13 +480,27 @@ def test_all_zero_gates_are_drawn(policy):
         (["pi05"], {"batch": 0}, "batch must be at least 1"),
         (["tiny"], {"action_dim": 3}, "action_dim is 8 in the weights"),
         (["no/such/policy"], {}, "no/such/policy"),
-        ([], {}, "Expected one target, or two with --compare, got 0"),
-        (["pi0", "pi05", "tiny"], {}, "Expected one target, or two with --compare, got 3"),
     ],
 )
 def test_errors(targets, sizes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_trace(targets, Shapes(**sizes), Source())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "trace needs a target, such as torchpi trace pi05"),
+        (["--compare"], "trace needs a target"),
+        (["--compare", "pi0"], "--compare needs two targets, got 1: pi0"),
+        (["pi05", "--compare"], "--compare needs two targets, got 1: pi05"),
+        (["pi0", "--compare", "pi05", "tiny"], "--compare needs two targets, got 3: pi0, pi05, tiny"),
+    ],
+)
+def test_wrong_number_of_targets_is_an_error(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["trace", *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_observation_for_a_checkpoint_without_robot_is_an_error(golden, tmp_path):

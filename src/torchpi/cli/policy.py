@@ -20,6 +20,7 @@ from torchpi.cli.common import (
     refuse_changed,
     split_names,
 )
+from torchpi.errors import UsageError
 from torchpi.randomness import checked_seed
 from torchpi.samples import SAMPLE_FIELDS, PickName
 from torchpi.threads import limit_threads, spin_briefly
@@ -139,7 +140,7 @@ class Trace:
 
     target: Annotated[str | None, tyro.conf.Positional] = None
     """Preset name, path of a policy or checkpoint, or "demo"."""
-    compare: tuple[str, ...] = ()
+    compare: tuple[str, ...] | None = None
     """Compare the target with a second one, or give both here. Both get the sizes set by the options below."""
     batch: int = 4
     """Batch size."""
@@ -173,7 +174,11 @@ class Trace:
 
         if self.dataset is None:
             refuse_changed(self.frames, belongs_to="--dataset")
-        targets = [*([self.target] if self.target else []), *self.compare]
+        targets = [*([self.target] if self.target else []), *(self.compare or ())]
+        if not targets:
+            raise UsageError("trace needs a target, such as torchpi trace pi05.")
+        if len(targets) != (1 if self.compare is None else 2):
+            raise UsageError(f"--compare needs two targets, got {len(targets)}: {', '.join(targets)}.")
         shapes = Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim)
         dataset_args = self.frames.dataset_args() | {"prompt": self.prompt}
         source = Source(self.inputs, self.dataset, self.episode, self.frame, dataset_args, demo=demo_observation())

@@ -35,7 +35,7 @@ def trace_request(policy: Policy, observation: Mapping[str, Any], noise: np.ndar
     trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), observation, noise=noise))
     assert trace.values is not None
     assert trace.inputs.to_robot is not None
-    return DataFlow(trace, np.stack([*map(trace.inputs.to_robot, trace.values.chunk)]).astype(np.float32))
+    return DataFlow(trace, np.stack([*map(trace.inputs.to_robot, trace.values.chunk)]))
 
 
 def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:

@@ -42,8 +42,6 @@ def run_trace(
     **load: Any,
 ) -> None:
     """Trace one target, or compare two; `source` belongs to the first one."""
-    if len(targets) not in (1, 2):
-        raise UsageError(f"Expected one target, or two with --compare, got {len(targets)}: {', '.join(targets)}.")
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         trace = trace_forward(find_inputs(targets[0], shapes, source, **load))
         other = None

@@ -179,7 +179,9 @@ def inputs_of_policy(
         inputs,
         action_names=policy.embodiment.action_names,
         robot=tuple(observation_stages(policy, observation, state, sample)),
-        to_robot=lambda chunk: policy.embodiment.from_model(policy.transforms.inverse(chunk, action_size=size), state),
+        to_robot=lambda chunk: policy.embodiment.from_model(
+            policy.transforms.inverse(chunk, action_size=size), state
+        ).astype(np.float32),
     )
 
 

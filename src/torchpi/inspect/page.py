@@ -17,17 +17,22 @@ _ROW_COLORS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "ca
 
 
 def render_page(trace: Trace, other: Trace | None = None) -> str:
-    """Render the page of a trace, with a comparison if `other` is given."""
-    title = f"{trace.inputs.config.variant}: from an observation to an action chunk"
+    """Render the page of a trace; with `other`, a comparison precedes the sections of `trace`."""
     names = ["flow", "mask", "steps", "parameters"]
     if trace.values is not None:
         time = ["time"] if trace.values.modulation else []
         names = ["flow", "input", "mask", "denoising", *time, "steps", "agreement", "parameters"]
     sections = [trace_section(name, trace) for name in names]
-    if other is not None:
-        sections.append(page_section("trace.html", "compare", _comparison(trace, other)))
-    footer = f"trace {trace.inputs.title} · every shape on this page was read from a tensor of the run"
-    return html_page(title, header=_header(trace, title), sections=sections, footer=footer)
+    if other is None:
+        command = f"trace {trace.inputs.title}"
+        title, header = _header(trace, command)
+    else:
+        command = f"trace --compare {trace.inputs.title} {other.inputs.title}"
+        title, header = _comparison_header(trace, other, command)
+        sections = [(name, f"{trace.inputs.title}: {text}", html) for name, text, html in sections]
+        sections.insert(0, page_section("trace.html", "compare", _comparison(trace, other)))
+    footer = f"{command} · every shape on this page was read from a tensor of the run"
+    return html_page(title, header=header, sections=sections, footer=footer)
 
 
 def trace_section(name: str, trace: Trace) -> Section:
@@ -42,7 +47,9 @@ def trace_section(name: str, trace: Trace) -> Section:
     return page_section("trace.html", name, values, conditions)
 
 
-def _header(trace: Trace, title: str) -> str:
+def _header(trace: Trace, command: str) -> tuple[str, str]:
+    """Title and HTML."""
+    title = f"{trace.inputs.config.variant}: from an observation to an action chunk"
     horizon, dim, pi05 = trace.inputs.config.action_horizon, trace.inputs.config.action_dim, trace.inputs.config.pi05
     tiles = [
         (large_count(sum(trace.parameters.values())), "parameters"),
@@ -54,7 +61,18 @@ def _header(trace: Trace, title: str) -> str:
     ]
     summary = "Every step from a robot's cameras to its next actions, with "
     summary += "the tensors of a run of this model." if trace.values else "the shape of every tensor, without weights."
-    return page_header(f"torchpi trace {trace.inputs.title}", title, summary, tiles=tiles, notes=trace.inputs.notes)
+    return title, page_header(f"torchpi {command}", title, summary, tiles=tiles, notes=trace.inputs.notes)
+
+
+def _comparison_header(left: Trace, right: Trace, command: str) -> tuple[str, str]:
+    """Title and HTML."""
+    inputs = left.inputs, right.inputs
+    variants = dict.fromkeys(side.config.variant for side in inputs)
+    title = " and ".join(variants if len(variants) == 2 else (side.title for side in inputs))
+    summary = "Architecture, sizes and the shapes in every step of both models side by side, then the steps of "
+    summary += f"{left.inputs.title} in detail."
+    notes = [f"{side.title}: {note}" for side in inputs for note in side.notes]
+    return title, page_header(f"torchpi {command}", title, summary, tiles=(), notes=notes)
 
 
 def _flow(trace: Trace) -> dict[str, Any]:
@@ -95,11 +113,11 @@ def _steps(trace: Trace) -> dict[str, Any]:
 
 
 def _card(trace: Trace, step: Step) -> str:
-    number = "inference" if step.id == "inference" else f"step {step.id}"
+    number = "" if step.id == "inference" else f'<span class="no">step {step.id}</span>'
     return (
-        f'<article class="step panel {step.color}" id="step-{step.id}"><div>'
-        f'<span class="no">{number}</span><h3>{escape(step.title)}</h3>'
-        f"<p>{escape(step.explanation(trace.inputs.config.pi05))}</p></div>"
+        f'<article class="step panel {step.color}" id="step-{step.id}">'
+        f"{number}<h3>{escape(step.title)}</h3>"
+        f"<p>{escape(step.explanation(trace.inputs.config.pi05))}</p>"
         f'<div class="scroll">{_table(rows_of(trace, step.id), with_stats=trace.values is not None)}</div></article>'
     )
 
@@ -153,8 +171,6 @@ def _comparison(left: Trace, right: Trace) -> Mapping[str, Any]:
     titled = [(escape(trace.inputs.title), trace) for trace in (left, right)]
     steps = compare_steps(left, right)
     return {
-        "left": names[0],
-        "right": names[1],
         "facts": _pair_tables(names, compare_facts(left, right).items()),
         "diagrams": "".join(f"<h3 class='gap'>{title}: data flow</h3>{flow_diagram(trace)}" for title, trace in titled),
         "masks": "".join(f"<div><h3>{title}: attention mask</h3>{mask_figure(trace)}</div>" for title, trace in titled),

@@ -19,6 +19,7 @@ from torchpi.ui.format import format_count, format_number, format_shape, large_c
 from torchpi.ui.tables import grid
 
 _TAGS = {"joint": "magenta", "cached": "cyan", "training": "yellow", "": ""}
+_VIEWS = "view: joint, only in the papers' joint forward pass; cached, only in the model's own; blank, in both."
 _KINDS = {"same": "dim", "size": "", "architecture": "bold"}
 _LEVELS = {"problem": "bold red", "warning": "yellow", "note": "dim"}
 _EPS_RULES = {"openpi": "1e-6 added to the divisor", "lerobot": "1e-8 added to std, or replacing a range of 0"}
@@ -34,6 +35,7 @@ def print_trace(trace: Trace, console: Console) -> None:
     for step in STEPS:
         explanation = Text(f"     {step.explanation(trace.inputs.config.pi05)}", style="dim")
         console.print("", _title(step), explanation, _step_table(trace, step), sep="\n")
+    console.print(f"\n{_VIEWS}")
     parameters = {f"  of these {name}": format_count(count) for name, count in trace.parameters.items()}
     rows = {name: text for part in (*facts(trace).values(), parameters) for name, text in part.items()}
     console.print("", grid((), rows.items()), sep="\n")

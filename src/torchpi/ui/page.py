@@ -79,14 +79,15 @@ def page_header(
     Args:
         eyebrow: line above the title.
         summary: paragraph below the title.
-        tiles: large values, each with its meaning.
+        tiles: large values, each with its meaning; may be empty.
         notes: list below the tiles.
     """
     facts = "".join(f"<div><b>{escape(value)}</b><span>{escape(text)}</span></div>" for value, text in tiles)
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         f'<header class="top"><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1>'
-        f'<p class="lede">{escape(summary)}</p><div class="facts">{facts}</div>'
+        f'<p class="lede">{escape(summary)}</p>'
+        + (f'<div class="facts">{facts}</div>' if facts else "")
         + (f'<ul class="notes">{items}</ul>' if items else "")
         + "</header>"
     )
