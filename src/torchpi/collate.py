@@ -1,6 +1,6 @@
 """Collation of samples to a batch of model inputs, and inputs that condition actions on previous chunks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,15 @@ def _uses_action_prefix(chunk: PreviousChunk, max_action_prefix: int) -> bool:
             "use guidance, or train with a larger max_action_prefix."
         )
     return chunk.method == "trained" or (chunk.method is None and 0 < int(chunk.delay) <= max_action_prefix)
+
+
+def check_observations(observations: Any) -> None:
+    """Raise a PolicyError unless `observations` is a list (or another sized collection) with at least one item."""
+    if not isinstance(observations, Collection) or isinstance(observations, Mapping | str | bytes):
+        found = "one dict" if isinstance(observations, Mapping) else type(observations).__name__
+        raise PolicyError(f"infer_batch takes a list of observations, got {found}; infer takes a single one.")
+    if not len(observations):
+        raise PolicyError("infer_batch got no observations; it needs at least one.")
 
 
 def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[PreviousChunk | None]:

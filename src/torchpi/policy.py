@@ -25,7 +25,7 @@ from torchpi.checkpoints.spec import (
     check_sizes,
     state_dim_of,
 )
-from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
+from torchpi.collate import answer_of, check_observations, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine, check_device
 from torchpi.errors import PolicyError, counted
@@ -174,8 +174,7 @@ class Policy:
             prefixes: for each observation the previous chunk to continue, or None.
         """
         start = time.perf_counter()
-        if not observations:
-            raise PolicyError("infer_batch got no observations; it needs at least one.")
+        check_observations(observations)
         prefixes = checked_arguments(prefixes, generator, count=len(observations))
         requests = [
             # The previous actions are converted as in training: relative to the new state, and normalized.

@@ -161,6 +161,15 @@ class Observation:
         return Observation(**tree_map(lambda tensor: tensor.to(device), vars(self)))
 
 
+def require_observation(value: Any) -> None:
+    """Raise an ObservationError unless `value` is an Observation."""
+    if not isinstance(value, Observation):
+        raise ObservationError(
+            f"The model's observation must be an Observation, got {type(value).__name__}; Observation.from_dict makes "
+            "one from tensors, and Policy.infer takes a robot's observation."
+        )
+
+
 def _cameras(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ObservationError(f"observation[{name!r}] must map cameras to tensors, got {type(value).__name__}.")

@@ -144,10 +144,28 @@ def test_time_is_drawn_if_only_noise_is_passed(golden_pi05):
     time = sample_time(len(noise), generator=torch.Generator().manual_seed(3), device=noise.device)
     drawn = model.compute_loss(observation, actions, noise=noise, generator=torch.Generator().manual_seed(3))
     assert torch.equal(drawn, model.compute_loss(observation, actions, noise=noise, time=time))
-    with pytest.raises(ValueError, match="flow_samples_per_obs must be a positive integer, got 0"):
-        model.compute_loss(observation, actions, flow_samples_per_obs=0)
     with pytest.raises(ValueError, match="dim must be even"):
         posemb_sincos(time, 7)
+
+
+def test_arguments_that_are_not_an_observation_a_count_or_a_time_are_errors(golden, model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    observation, actions, noise = golden.observation(), golden.inputs["actions"], golden.inputs["noise"]
+    for call in (model.sample_actions, model.sample_many, model.prefill, model.embed_prefix):
+        with pytest.raises(ValueError, match=r"must be an Observation, got dict; Observation.from_dict makes one"):
+            call(golden.observation_dict())
+    with pytest.raises(ValueError, match="must be an Observation, got dict"):
+        model.compute_loss(golden.observation_dict(), actions)
+    for count in (0, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=f"flow_samples_per_obs must be a positive integer, got {count!r}"):
+            model.compute_loss(observation, actions, flow_samples_per_obs=count)
+        with pytest.raises(ValueError, match=f"num_samples must be a positive integer, got {count!r}"):
+            model.sample_many(observation, num_samples=count)
+    for time in (0.0, 7.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"Time must be in \(0, 1\], .* got values from {time:g} to"):
+            model.compute_loss(observation, actions, time=torch.full((len(actions),), time))
+    with pytest.raises(ValueError, match="Time must be a float32 tensor, got float"):
+        model.compute_loss(observation, actions, noise=noise, time=0.5)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 2.5, True])
@@ -293,9 +311,9 @@ def test_shapes_that_would_be_broadcast_are_errors(golden, model, monkeypatch):
         model.embed_suffix(observation, actions[..., 1:], flow["time"])
     with pytest.raises(ValueError, match=r"timestep must be a float32 tensor \[2\], got \[1\]"):
         model.embed_suffix(observation, actions, flow["time"][:1])
-    with pytest.raises(ValueError, match="Noise must be a float32 tensor, got a ndarray"):
+    with pytest.raises(ValueError, match="Noise must be a float32 tensor, got ndarray"):
         model.sample_actions(observation, noise=flow["noise"].numpy())
-    with pytest.raises(ValueError, match="Time must be a float32 tensor, got a ndarray"):
+    with pytest.raises(ValueError, match="Time must be a float32 tensor, got ndarray"):
         model(observation, actions, noise=flow["noise"], time=flow["time"].numpy())
 
 

@@ -286,9 +286,13 @@ def test_invalid_request_error_names_the_field(make_policy, changes, error, mess
         infer(policy, request(policy, **changes))
 
 
-def test_empty_batch_is_an_error(make_policy):
+def test_batch_that_is_not_a_list_or_is_empty_is_an_error(make_policy):
+    policy = make_policy()
     with pytest.raises(ValueError, match="infer_batch got no observations"):
-        make_policy().infer_batch([])
+        policy.infer_batch([])
+    for batch, found in ((request(policy), "one dict"), ("front", "str"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=f"infer_batch takes a list of observations, got {found}; infer takes"):
+            policy.infer_batch(batch)
 
 
 def test_state_longer_than_statistics_is_an_error(make_policy):
@@ -488,6 +492,13 @@ def test_path_without_checkpoint_error_lists_valid_paths(path, message, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=re.escape(f"There is no checkpoint at {path}{message}")):
         torchpi.load_policy(path)
+
+
+@pytest.mark.parametrize("load", [torchpi.load_policy, torchpi.load_model])
+def test_path_that_is_not_a_path_is_an_error(load):
+    for path in (None, 3, b"demo"):
+        with pytest.raises(ValueError, match=rf"path is a string or a Path, got {path!r}; expected a folder, hf://"):
+            load(path)
 
 
 def test_missing_embodiment_error_lists_the_embodiments(checkpoint, tokenizer):

@@ -12,6 +12,7 @@ from torchpi.errors import CheckpointError, MissingFileError, closest, listed
 PUBLISHED = "gs://openpi-assets/checkpoints/"
 PUBLISHED_NAMES = tuple(name for name in PRESETS if name not in ("pi0", "pi05", "tiny", "tiny_pi0"))
 REMOTE = ("hf://", "gs://")
+_EXPECTED = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(@\S+)?"
 
 # A path may name one of these files instead of its folder.
@@ -40,6 +41,8 @@ def existing_file(path: str | pathlib.Path) -> pathlib.Path:
 
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """Local folder of the checkpoint at a path or address, or its .npz file."""
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"A checkpoint's path is a string or a Path, got {path!r:.80}; expected {_EXPECTED}")
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not os.path.exists(root):
         raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}{hub_hint(str(path))}")
@@ -61,15 +64,14 @@ def _hint(path: str) -> str:
     """Advice for the error about a path that does not exist."""
     if path in PUBLISHED_NAMES:
         return f"the published one is {PUBLISHED}{path}."
-    expected = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
     addresses = {"demo": "demo"} | {name: f"{PUBLISHED}{name}" for name in PUBLISHED_NAMES}
     if re.fullmatch(r"[\w.-]+:\d+", path):
-        return f"to evaluate with a server, pass ws://{path}. Expected {expected}"
+        return f"to evaluate with a server, pass ws://{path}. Expected {_EXPECTED}"
     if close := closest(path, addresses):
-        return f"did you mean {addresses[close]}? Expected {expected}"
+        return f"did you mean {addresses[close]}? Expected {_EXPECTED}"
     if "/" in path:
-        return f"expected {expected}"
-    return f"expected {expected} Published are {', '.join(PUBLISHED_NAMES)}, at {PUBLISHED}NAME."
+        return f"expected {_EXPECTED}"
+    return f"expected {_EXPECTED} Published are {', '.join(PUBLISHED_NAMES)}, at {PUBLISHED}NAME."
 
 
 def hub_address(name: str | pathlib.Path, revision: str | None = None) -> str:

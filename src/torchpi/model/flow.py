@@ -5,6 +5,7 @@ opposite convention (π₀, arXiv:2410.24164, section IV; π₀.₅, arXiv:2504.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from torchpi.errors import ModelError, is_whole
+from torchpi.model.layers import require_shape
 
 # Periods of the time embedding (formula in π₀, appendix B).
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -64,6 +66,15 @@ def sample_time(batch: int, *, generator: torch.Generator | None = None, device:
     """Draw t ~ Beta(1.5, 1)·0.999 + 0.001: more weight on noisy times, never exactly 0 (π₀, appendix B)."""
     uniform = torch.rand(batch, generator=generator, dtype=torch.float32, device=device)
     return uniform.pow(1 / 1.5) * 0.999 + 0.001  # the CDF of Beta(a, 1) is x^a
+
+
+def check_time(time: Any) -> None:
+    """Raise a ModelError unless `time` is a tensor in (0, 1]. Values on a GPU are not checked (no sync)."""
+    require_shape("Time", time)
+    if time.device.type == "cpu" and not bool(((time > 0) & (time <= 1)).all()):
+        raise ModelError(
+            f"Time must be in (0, 1], where 1 is noise, got values from {time.min():.4g} to {time.max():.4g}."
+        )
 
 
 def interpolate(

@@ -1,4 +1,4 @@
-"""Layers shared by SigLIP and Gemma: linear layer, attention, initialization; and shape checks."""
+"""Layers shared by SigLIP and Gemma: linear layer, attention, initialization; and checks of arguments."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchpi.errors import ModelError
+from torchpi.errors import ModelError, is_whole
 
 
 class Linear(nn.Linear):
@@ -105,6 +105,12 @@ def require_shape(name: str, value: Any, *shapes: Sequence[int]) -> None:
     """
     if isinstance(value, Tensor) and (not shapes or tuple(value.shape) in map(tuple, shapes)):
         return
-    found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     expected = f" {' or '.join(str(list(shape)) for shape in shapes)}" if shapes else ""
     raise ModelError(f"{name} must be a float32 tensor{expected}, got {found}.")
+
+
+def require_count(name: str, value: Any) -> None:
+    """Raise a ModelError unless `value` is a positive integer."""
+    if not is_whole(value) or value < 1:
+        raise ModelError(f"{name} must be a positive integer, got {value!r}.")

@@ -21,12 +21,12 @@ from torchpi.errors import ModelError
 from torchpi.model import flow
 from torchpi.model.cache import AttentionInputs, KVCache
 from torchpi.model.gemma import Gemma, rope_table
-from torchpi.model.layers import Linear, embed_tokens, require_shape
+from torchpi.model.layers import Linear, embed_tokens, require_count, require_shape
 from torchpi.model.masks import make_attn_mask, token_positions
 from torchpi.model.rtc import ActionPrefix, Guidance, Samples, check_previous, integrate
 from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, TimeConditioning, init_projections
-from torchpi.types import Observation
+from torchpi.types import Observation, require_observation
 
 EMBEDDING_STD = 0.01  # the default of flax's normal(), which openpi uses
 
@@ -103,6 +103,7 @@ class Pi0(nn.Module):
         Returns:
             tokens [B, S, D]; input_mask, True at valid tokens; ar_mask, all False (the prefix is bidirectional).
         """
+        require_observation(observation)
         if drop_padding:
             return self._embed_valid_prefix(observation)
         images = torch.cat(list(observation.images.values()))  # [N·B, h, w, 3]
@@ -336,13 +337,15 @@ class Pi0(nn.Module):
         Raises:
             ValueError: shapes don't match the model or each other.
         """
-        if flow_samples_per_obs < 1:
-            raise ModelError(f"flow_samples_per_obs must be a positive integer, got {flow_samples_per_obs}.")
+        self.check_actions(observation, actions, "Actions")
+        require_count("flow_samples_per_obs", flow_samples_per_obs)
         shape: tuple[int, ...] = (len(actions), flow_samples_per_obs)  # [B, R]
-        if time is not None:
-            shape = tuple(time.shape)
-        elif noise is not None:
+        if noise is not None:
+            require_shape("Noise", noise)
             shape = tuple(noise.shape[:-2])
+        if time is not None:
+            flow.check_time(time)
+            shape = tuple(time.shape)
         if noise is None:
             size = (*shape, *actions.shape[1:])
             noise = torch.randn(size, generator=generator, dtype=torch.float32, device=self.device)
@@ -399,6 +402,7 @@ class Pi0(nn.Module):
             num_samples: R, used if noise is not passed; sample i does not depend on R.
             guidance, action_prefix: one per observation, shared by its samples. Other arguments as in `sample_actions`.
         """
+        require_observation(observation)
         if noise is None:
             noise = self.draw_noise(observation.batch_size, generator, num_samples)
         self.check_actions(observation, noise, "Noise", num_samples="R, ")
@@ -427,14 +431,14 @@ class Pi0(nn.Module):
         self, batch: int, generator: torch.Generator | None, num_samples: int = 1
     ) -> Float32[Tensor, "B R H A"]:
         """Draw noise from N(0, 1), one sample index at a time, so that sample i does not depend on `num_samples`."""
+        require_count("num_samples", num_samples)
         shape = (batch, *self.config.chunk_shape)
-        noise = [
-            torch.randn(shape, generator=generator, dtype=torch.float32, device=self.device) for _ in range(num_samples)
-        ]
-        return torch.stack(noise, dim=1)
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": self.device}
+        return torch.stack([torch.randn(shape, **options) for _ in range(num_samples)], dim=1)
 
     def check_actions(self, observation: Observation, actions: Tensor, name: str, *, num_samples: str = "") -> None:
         """Raise a ModelError for a wrong shape or dtype; `num_samples` is "R, " if there is a sample axis."""
+        require_observation(observation)
         require_shape(name, actions)
         horizon = self.config.action_horizon
         expected = f"[{observation.batch_size or 'B'}, {num_samples}{horizon or 'H'}, {self.config.action_dim}]"
