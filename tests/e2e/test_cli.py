@@ -390,6 +390,10 @@ def test_help_describes_every_argument(command, capsys):
             continue
         assert f"--{name.replace('_', '-')}" in text or "positional" in text, name
         assert " ".join(docstring.lower().split()[:2]) in text, name
+        # tyro shows the source's line breaks: they must follow a sentence.
+        assert all(line.endswith((".", ";", ":")) for line in docstring.split("\n")[:-1]), name
+    paragraphs = inspect.getdoc(COMMANDS[command]).split("\n\n")
+    assert all(line[0].isalpha() for text in paragraphs for line in text.split("\n")[1:])
 
 
 def test_version(capsys):

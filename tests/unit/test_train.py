@@ -448,7 +448,8 @@ def test_dataset_without_a_camera_of_the_robot_raises_error(recipe, tmp_path):
 def test_run_shorter_than_warmup_and_ema_prints_warnings(recipe, tmp_path, capsys):
     loop.train(recipe.replace(num_steps=2, warmup_steps=1000, lr=1e-2, ema_decay=0.99), tmp_path / "short")
     shown = " ".join(capsys.readouterr().err.split())
-    assert "warmup_steps 1000 is not below num_steps 2: the learning rate reaches 2e-05, not lr 0.01" in shown
+    assert "warmup_steps 1000 is not below num_steps 2: the learning rate reaches 2e-05, not lr 0.01;" in shown
+    assert "to reach it, pass --warmup-steps 0 (num_steps / 30, as in openpi)" in shown
     assert "keep 98 % of the initial ones after 2 steps" in shown
     loop.train(recipe.replace(num_steps=2, warmup_steps=1, ema_decay=0.0), tmp_path / "plain")
     assert "warning" not in capsys.readouterr().err

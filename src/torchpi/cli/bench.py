@@ -16,8 +16,9 @@ class Bench:
     """Measure sampling and a training step, and compare them with the floor of this machine.
 
     The same run measures the machine's peak with a large matmul and its bandwidth with a large copy. The floor of each
-    operation is the larger of FLOPs / peak and bytes / bandwidth; a table shows the floor per operation. `bench load`,
-    `bench data` and `bench serve` measure checkpoint loading, the training loader and a policy server.
+    operation is the larger of FLOPs / peak and bytes / bandwidth; a table shows the floor per operation.
+
+    `bench load`, `bench data` and `bench serve` measure checkpoint loading, the training loader and a policy server.
     """
 
     what: Annotated[Literal["all", "model", "train"], tyro.conf.Positional] = "all"

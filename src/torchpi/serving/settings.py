@@ -26,18 +26,18 @@ class ServeSettings:
     protocol: Literal["openpi", "vla-eval"] = "openpi"
     """openpi: openpi's protocol, for robots. vla-eval: the vla-evaluation-harness' protocol, for its benchmarks."""
     rename: tuple[str, ...] = ()
-    """With --protocol vla-eval: pairs BENCHMARK_KEY=POLICY_KEY, for example images.agentview=observation/image. By
-    default LIBERO's, for policies of LIBERO's robot."""
+    """With --protocol vla-eval: pairs BENCHMARK_KEY=POLICY_KEY, for example images.agentview=observation/image.
+    By default LIBERO's, for policies of LIBERO's robot."""
     token: str | None = None
-    """Token that clients must send as "Authorization: Bearer TOKEN" or "Authorization: Api-Key TOKEN". By default the
-    environment variable TORCHPI_TOKEN, if it is set; without a token, any client may connect."""
+    """Token that clients must send as "Authorization: Bearer TOKEN" or "Authorization: Api-Key TOKEN".
+    By default the environment variable TORCHPI_TOKEN, if it is set; without a token, any client may connect."""
     num_steps: int | None = None
     """Euler steps for requests that do not set their number. By default the policy's number, usually 10."""
     num_samples: int | None = None
     """Chunks to sample per request. The answer has all of them and their spread; the prefix is computed once."""
     pick: PickName | None = None
-    """Choice of the sample returned as "actions": consensus (default), the one nearest to the others; first, as without
-    --num-samples; velocity_residual, the one with the straightest path from noise to actions."""
+    """Choice of the sample returned as "actions": consensus (default), the one nearest to the others;
+    first, as without --num-samples; velocity_residual, the one with the straightest path from noise to actions."""
     seed: int = 0
     """Seed of the noise for requests that bring none."""
     max_batch: int = 8
@@ -51,8 +51,8 @@ class ServeSettings:
     max_message_mb: float = 32.0
     """Largest size of a request in MiB."""
     max_memory_mb: float = 1024.0
-    """Memory limit in MiB for the messages of all clients: requests until they are answered, and the last one of each
-    client for the dashboard. Beyond the limit, the client that holds most is disconnected."""
+    """Memory limit in MiB for the messages of all clients: unanswered requests, and each client's last one.
+    The dashboard shows the last ones. Beyond the limit, the client that holds most is disconnected."""
     max_rate: float = 200.0
     """Largest number of requests per second from one client, averaged over a second."""
     grace: float = 10.0

@@ -107,14 +107,15 @@ class DataConfig(_Checked):
     rename: tuple[str, ...] = ()
     """Columns to rename (actions=action) or join (joint_position+gripper_position=observation.state)."""
     fps: Positive | None = None
-    """Frames per second to read the dataset at, if the robot acts at another rate than the recording: the nearest
-    frames, with actions converted as in `torchpi.data.rate`. By default the recorded rate, which must be control_hz."""
+    """Frames per second to read the dataset at, if the robot acts at another rate than the recording.
+    The nearest frames are read, and actions converted. By default the recorded rate, which must be control_hz."""
     tolerance_s: Positive | None = None
     """Allowed error of timestamps and video frames, in seconds; by default a quarter of a frame."""
     mixture: Annotated[tuple[Source, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     """Several datasets (a list of objects in a recipe), mixed by weight; the policy is saved for the first robot."""
     norm_stats: str = "dataset"
-    """Normalization statistics: "dataset" (of the training episodes), "init", "init:ASSET_ID" or a norm_stats.json."""
+    """Normalization statistics: "dataset" (of the training episodes); "init" (the initial weights' statistics);
+    "init:ASSET_ID" (theirs for another robot); or a norm_stats.json."""
     skip_idle: bool = False
     """Skip frames at which the robot does not move."""
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
@@ -152,10 +153,10 @@ class ModelConfig(_Checked):
     adapt: bool = False
     """Cut or extend initial weights whose sizes differ from the model's; otherwise a difference is an error."""
     tokenizer: str | None = None
-    """A SentencePiece model or tokenizer.json; by default the tokenizer of the initial weights. A model trained from
-    scratch uses the published models' tokenizer, or the packaged one if its vocabulary is small."""
+    """A SentencePiece model or tokenizer.json; by default the tokenizer of the initial weights.
+    From scratch: the published models' tokenizer, or the packaged one if the vocabulary is small."""
     preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
-    """Resize images and format prompts like this program (lerobot: 0.5 and later); by default like init, or openpi."""
+    """Library whose image resizing and prompt format are used (lerobot: 0.5 or later); by default init's, or openpi."""
     finetune: Finetune = "full"
     """Parameters to train: "full"; "frozen_vision" (all but SigLIP); "expert" (the action expert and the projections);
     "lora" (openpi's rule: LoRA matrices, SigLIP and the projections); "lora_strict" (LoRA matrices and projections)."""
@@ -192,10 +193,10 @@ class OptimConfig(_Checked):
     flow_samples_per_obs: Count = 1
     """Flow samples (pairs of noise and time) per observation; they share the costly pass over images and prompt."""
     loss: Literal["all", "real"] = "all"
-    """Elements of the loss: "all", as in openpi, or "real", without padded dimensions and steps after an episode."""
+    """Elements of the loss: "all" (as in openpi) or "real": no padded dimensions and steps after the episode's end."""
     max_action_prefix: NotNegative = 0
-    """Training-time real-time chunking: up to this many first actions of a chunk get no noise, as if they were being
-    executed already, and are left out of the loss. The number is drawn per flow sample; 0 disables it."""
+    """Training-time real-time chunking: largest number of first actions that get no noise, drawn per flow sample.
+    The robot would be executing them already, so they are left out of the loss; 0 disables it."""
     lr: Positive = 2.5e-5
     """Peak learning rate."""
     lr_schedule: Schedule = "cosine"

@@ -132,10 +132,10 @@ def _warn_of_short_run(console: Console, config: TrainConfig) -> None:
     """Warn if the run is shorter than the warm-up, or too short for the EMA to forget the initial weights."""
     optim, steps = config.optim, config.num_steps
     if steps <= optim.warmup_steps:
-        highest = learning_rate(steps - 1, optim, steps)
         console.print(
             f"  warning: warmup_steps {optim.warmup_steps} is not below num_steps {steps}: the learning rate reaches "
-            f"{highest:.2g}, not lr {optim.lr:g}; --warmup-steps {steps // 30}, openpi's fraction, reaches it"
+            f"{learning_rate(steps - 1, optim, steps):.2g}, not lr {optim.lr:g}; to reach it, pass --warmup-steps "
+            f"{steps // 30} (num_steps / 30, as in openpi)"
         )
     if (end := optim.decay_steps or steps) < steps and optim.lr_schedule == "cosine":
         console.print(f"  note: the learning rate stays at min_lr {optim.min_lr:g} from decay_steps {end} on")
