@@ -122,21 +122,21 @@ class Policy:
 
         Args:
             observation: in the format of the robot, see `example_observation`.
-            noise: [H, action_dim], x at t = 1, or with `num_samples` [N, H, action_dim]; by default drawn with
+            noise: [H, action_dim], x at t = 1, or with `num_samples` [R, H, action_dim]; by default drawn with
                 `generator`.
             num_steps: Euler steps; by default the policy's (usually 10).
-            num_samples: N, number of chunks to sample; they share the work on images and prompt.
-            pick: how to choose among the N chunks, see `samples.Pick`; by default "consensus".
+            num_samples: R, number of chunks to sample; they share the work on images and prompt.
+            pick: how to choose among the R chunks, see `samples.Pick`; by default "consensus".
             action_prefix: [k, a] in the robot's units: the actions of the previous chunk that are still to be executed
                 at the time of the observation. The new chunk continues them (real-time chunking, see `model.rtc`).
                 Delta actions are recomputed relative to the new state.
             delay: number of these actions that will have been executed when the new chunk arrives; it repeats them.
-            execution_horizon: number of steps executed since the inference of the previous chunk; by default H − k.
+            execution_horizon: actions of the previous chunk executed since its inference began; by default H − k.
 
         Returns:
             "actions" float32 [H, a] in the robot's units, finite and within its limits; "policy_timing" in
             milliseconds; "actions_clipped" and "prompt_tokens_cut" if anything was clipped or cut. With `num_samples`
-            also "samples" [N, H, a] and their spread, "action_std" [H, a] and "uncertainty". See `ActionChunk`.
+            also "samples" [R, H, a] and their spread, "action_std" [H, a] and "uncertainty". See `ActionChunk`.
 
         Raises:
             KeyError: a camera or a part of the state is missing or unknown.
@@ -170,7 +170,7 @@ class Policy:
         """Compute action chunks for several independent observations in one pass; errors as in `infer`.
 
         Args:
-            noise: [B, H, action_dim], or with `num_samples` [B, N, H, action_dim].
+            noise: [B, H, action_dim], or with `num_samples` [B, R, H, action_dim].
             prefixes: for each observation the previous chunk to continue, or None.
         """
         start = time.perf_counter()

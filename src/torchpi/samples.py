@@ -12,7 +12,7 @@ from torchpi.transforms.normalize import DEVIATIONS
 
 PickName = Literal["consensus", "velocity_residual", "first"]
 Pick = PickName | Callable[[np.ndarray, Mapping[str, Any]], int]
-"""A rule, or a function of the samples [N, H, a] (in the robot's units) and the observation that returns an index.
+"""A rule, or a function of the samples [R, H, a] (in the robot's units) and the observation that returns an index.
 
 consensus: the medoid, the sample with the smallest mean distance to the others.
 velocity_residual: the sample with the straightest path from noise to actions, where Euler steps are most accurate.
@@ -27,7 +27,7 @@ _NORMALIZED_RANGE = {"quantile": 2.0, "z_score": 2 * DEVIATIONS}
 def finite_noise(
     noise: Any, config: Pi0Config, num_samples: Any, batch: tuple[int, ...] = ()
 ) -> Float32[np.ndarray, "..."]:
-    """Check the noise argument, [*batch, H, A] or with num_samples [*batch, N, H, A], and convert it to float32."""
+    """Check the noise argument, [*batch, H, A] or with num_samples [*batch, R, H, A], and convert it to float32."""
     array = np.asarray(noise)
     found = f"got {array.dtype} {list(array.shape)}"
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -62,9 +62,9 @@ def checked_pick(pick: Any, num_samples: Any, num_steps: Any) -> Pick | None:
 
 def choose(
     pick: Pick,
-    samples: Float[np.ndarray, "N H a"],
-    normalized: Float[np.ndarray, "N H dims"],
-    residual: Float[np.ndarray, "N H dims"] | None,
+    samples: Float[np.ndarray, "R H a"],
+    normalized: Float[np.ndarray, "R H dims"],
+    residual: Float[np.ndarray, "R H dims"] | None,
     *,
     kind: str,
     observation: Mapping[str, Any],

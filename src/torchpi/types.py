@@ -6,7 +6,9 @@ Shape legend, used in every signature and comment:
     N  cameras               H  action horizon (actions in a chunk)   d  action expert width
     P  patches per image     T  suffix tokens                         Q  query heads
     L  prompt tokens         A  action_dim                            G  key/value heads
-    h, w  image height and width in pixels                            K  head_dim
+    R  samples per observation (of noise and time, or of chunks)      K  head_dim
+    a  robot's action dimensions       s  robot's state dimensions    k  actions left of a chunk
+    h, w  image height and width in pixels
 """
 
 import dataclasses
@@ -34,15 +36,15 @@ class ActionChunk(TypedDict):
     actions_clipped: NotRequired[int]
     """Number of values that were clipped to the robot's limits; absent if there were none."""
     samples: NotRequired[np.ndarray]
-    """float32 [N, H, a]: all samples, in the robot's units and within its limits. Only with `num_samples`."""
+    """float32 [R, H, a]: all samples, in the robot's units and within its limits. Only with `num_samples`."""
     sample_index: NotRequired[int]
     """Index of `actions` in `samples`."""
     velocity_residuals: NotRequired[np.ndarray]
-    """float32 [N]: RMS of v_t − (x_1 − x_0) over steps and actions, normalized; 0 for a straight path. For N > 1."""
+    """float32 [R]: RMS of v_t − (x_1 − x_0) over steps and actions, normalized; 0 for a straight path. For R > 1."""
     action_std: NotRequired[np.ndarray]
-    """float32 [H, a]: standard deviation over the samples (divided by N − 1), in the robot's units. For N > 1."""
+    """float32 [H, a]: standard deviation over the samples (divided by R − 1), in the robot's units. For R > 1."""
     uncertainty: NotRequired[float]
-    """`action_std` as a fraction of the training range (q01 to q99), averaged over the chunk. For N > 1."""
+    """`action_std` as a fraction of the training range (q01 to q99), averaged over the chunk. For R > 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,9 @@ class PreviousChunk:
     actions: np.ndarray
     """[k, a] in the robot's units; the first one belongs to the time of the new observation."""
     delay: int | np.integer
-    """d: number of these actions that will have been executed when the new chunk arrives."""
+    """Number of these actions that will have been executed when the new chunk arrives."""
     execution_horizon: int | np.integer | None = None
-    """s: number of actions executed since the inference of this chunk began; None: H − k."""
+    """Number of actions of this chunk executed since its inference began; None: H − k."""
     method: Literal["trained", "guidance"] | None = None
     """"trained" conditions the model on the first `delay` actions, for policies trained with an action prefix;
     "guidance" steers each Euler step towards all `actions`. None: "trained" if the policy was trained with prefixes as
@@ -72,7 +74,7 @@ class PreviousChunk:
             raise ObservationError(f"method is {self.method!r}; expected 'trained', 'guidance' or None.")
 
     def steps_executed(self, horizon: int) -> int:
-        """Number of steps executed, s, for chunks of H actions."""
+        """Number of actions of this chunk executed since its inference began, for chunks of H actions."""
         executed = max(horizon - len(self.actions), 0) if self.execution_horizon is None else self.execution_horizon
         if not 0 <= executed <= horizon or not 0 <= self.delay <= horizon - executed:
             raise ObservationError(

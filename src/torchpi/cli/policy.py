@@ -73,7 +73,7 @@ class Infer:
 
     The observation is an .npz file with the robot's own keys, such as images.cam_high, state and prompt (a 0-d
     string); nested keys are joined with '.'. The result is an .npz file with `actions` [H, a]. With --num-samples N it
-    also has `samples` [N, H, a], the index of the selected sample, and the spread of the samples.
+    also has `samples` [R, H, a], the index of the selected sample, and the spread of the samples.
     """
 
     policy: PolicyPath
@@ -92,7 +92,7 @@ class Infer:
     seed: int = 0
     """Random seed for the noise."""
     noise: pathlib.Path | None = None
-    """Noise to use instead of random noise: an .npy file [H, action_dim], or [N, H, action_dim] with --num-samples."""
+    """Noise to use instead of random noise: an .npy file [H, action_dim], or [R, H, action_dim] with --num-samples."""
     json: bool = False
     """Print shape, output file and timing as one JSON document."""
     load: Load = SamplingOptions()

@@ -222,7 +222,7 @@ class Gemma(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rope: Rope,
-        mask: Bool[Tensor, "B #T S"] | None,
+        mask: Bool[Tensor, "B #T keys"] | None,
         *,
         past: Sequence[KeyValue] | None = None,
         modulations: Sequence[Modulation] | None = None,

@@ -34,9 +34,9 @@ class Linear(nn.Linear):
 
 def attend(
     q: Float[Tensor, "B T Q K"],
-    k: Float[Tensor, "B S G K"],
-    v: Float[Tensor, "B S G K"],
-    mask: Bool[Tensor, "B #T S"] | None,
+    k: Float[Tensor, "B keys G K"],
+    v: Float[Tensor, "B keys G K"],
+    mask: Bool[Tensor, "B #T keys"] | None,
 ) -> Float[Tensor, "B T heads"]:
     """Grouped-query attention with scale K^-0.5 and softmax in float32.
 
@@ -53,7 +53,7 @@ def attend(
     q = q.reshape(batch, groups, per_group * num_queries, head_dim)
     if mask is not None:
         if mask.shape[1] != 1:
-            mask = mask.repeat(1, per_group, 1)  # [B, Q/G·T, S]
+            mask = mask.repeat(1, per_group, 1)  # [B, Q/G·T, keys]
         mask = mask[:, None]
     out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     out = out.reshape(batch, groups, per_group, num_queries, head_dim).permute(0, 3, 1, 2, 4)  # [B, T, G, Q/G, K]

@@ -72,7 +72,7 @@ class LoraLinear(Linear):
         # One matmul for all groups. Not in place: activation checkpointing may save the output of the base layer.
         return torch.addmm(out, F.linear(x, a.to(x.dtype)), b[first:].T.to(x.dtype), alpha=self.scale)
 
-    def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
+    def _matrices(self) -> tuple[Float[Tensor, "rank i"], Float[Tensor, "o rank"]]:
         """A of all groups, stacked, and the block-diagonal matrix of their B."""
         groups = torch.eye(len(self.lora_b), dtype=self.lora_b.dtype, device=self.lora_b.device)
         blocks = self.lora_b[:, :, None, :] * groups[:, None, :, None]  # [groups, outputs / groups, groups, rank]
@@ -99,7 +99,7 @@ class HeadSumLoraLinear(LoraLinear):
         """Compute the shapes of lora_a and lora_b; the groups are the heads."""
         return {"lora_a": (rank, self.in_features), "lora_b": (groups, self.out_features, rank)}
 
-    def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
+    def _matrices(self) -> tuple[Float[Tensor, "rank i"], Float[Tensor, "o rank"]]:
         return self.lora_a, self.lora_b.sum(dim=0)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def make_attn_mask(
     input_mask: Bool[Tensor, "B S"], ar_mask: Bool[Tensor, " S"], num_queries: int | None = None
-) -> Bool[Tensor, "B R S"]:
+) -> Bool[Tensor, "B T S"]:
     """Build the block-causal mask: a token attends to its own group and to all groups before it.
 
     `ar_mask` is True where a new group begins, so its cumulative sum numbers the groups. All False is bidirectional,
@@ -26,7 +26,7 @@ def make_attn_mask(
     """
     first = 0 if num_queries is None else input_mask.shape[1] - num_queries
     group = torch.cumsum(ar_mask, dim=0)  # [S]
-    in_order = group[None, :] <= group[first:, None]  # [R, S]
+    in_order = group[None, :] <= group[first:, None]  # [T, S]
     return in_order & input_mask[:, None, :] & input_mask[:, first:, None]
 
 

@@ -184,8 +184,8 @@ def prefix_weights(
 
     Args:
         horizon: H.
-        delay: d, in control steps; at most H − s, otherwise the previous chunk ends before the new one arrives.
-        execution_horizon: s: number of steps executed since the inference of the previous chunk began.
+        delay: the paper's d, in control steps; at most H − s, or the previous chunk ends before the new one arrives.
+        execution_horizon: the paper's s, actions of the previous chunk executed since its inference began.
     """
     i = torch.arange(horizon, device=delay.device)[None, :]
     d, end = delay[:, None], horizon - execution_horizon[:, None]

@@ -4,7 +4,7 @@ A request is an observation: a map with the robot's own keys, as openpi's client
 following options. The server's metadata list each option it supports, with the value True.
 
     torchpi/noise        floats [H, action_dim], drawn from N(0, 1), instead of the server's noise; refused above a
-                         magnitude of 1e6. [N, H, action_dim] for a server with --num-samples N
+                         magnitude of 1e6. [R, H, action_dim] for a server with --num-samples R
     torchpi/num_steps    Euler steps, instead of the server's number
     torchpi/deadline     seconds the request may wait for the model, at most the server's deadline
     torchpi/rtc          rest of the chunk being executed, for real-time chunking; its actions, in the robot's units,

@@ -63,7 +63,7 @@ class Request:
     policy: str
     observation: dict[str, Any]
     noise: np.ndarray
-    """[H, action_dim], or [N, H, action_dim] with the server's `num_samples`."""
+    """[H, action_dim], or [R, H, action_dim] with the server's `num_samples`."""
     num_steps: int | None
     previous: PreviousChunk | None = None
     """Previous chunk, for real-time chunking."""

@@ -85,7 +85,7 @@ class ServeSettings:
             raise ServingError("The token must consist of printable ASCII characters and not be empty.")
 
     def noise_shape(self, chunk_shape: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of a request's noise: [H, action_dim], or [N, H, action_dim] with `num_samples`."""
+        """Shape of a request's noise: [H, action_dim], or [R, H, action_dim] with `num_samples`."""
         return chunk_shape if self.num_samples is None else (self.num_samples, *chunk_shape)
 
     @property

@@ -82,7 +82,7 @@ def check_opening(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], t
 
 
 def noise_shape(actor: Actor, num_samples: int | None = None) -> tuple[int, ...] | None:
-    """Shape of the initial noise, [H, action_dim] or [N, H, action_dim]; None if the policy takes no noise."""
+    """Shape of the initial noise, [H, action_dim] or [R, H, action_dim]; None if the policy takes no noise."""
     if not isinstance(actor, Policy):
         return None
     samples = () if num_samples is None else (num_samples,)

@@ -1,5 +1,5 @@
-"""Transforms between one sample in the embodiment's model space and the model's inputs: normalize, tokenize, resize,
-pad, and the inverse for actions."""
+"""Transforms between one sample in the model's units, from `Embodiment.to_model`, and the model's inputs: normalize,
+tokenize, resize, pad, and the inverse for actions."""
 
 import dataclasses
 import warnings
