@@ -72,7 +72,7 @@ class Infer:
     """Run a policy on one observation.
 
     The observation is an .npz file with the robot's own keys, such as images.cam_high, state and prompt (a 0-d
-    string); nested keys are joined with '.'. The result is an .npz file with `actions` [H, a]. With --num-samples N it
+    string); nested keys are joined with '.'. The result is an .npz file with `actions` [H, a]. With --num-samples R it
     also has `samples` [R, H, a], the index of the selected sample, and the spread of the samples.
     """
 
