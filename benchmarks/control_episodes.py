@@ -152,6 +152,10 @@ class _WatchedSchedule:
     def due(self) -> bool:
         return self._schedule.due
 
+    @property
+    def empty(self) -> bool:
+        return False  # observe before a hold command, too: here each command advances the world by one step
+
     def request(self) -> Request:
         return self._schedule.request()
 

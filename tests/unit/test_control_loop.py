@@ -1,10 +1,14 @@
 """The control loop of torchpi-client: a toy robot, a scripted policy and a virtual clock."""
 
 import collections
+import concurrent.futures
 import itertools
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -516,8 +520,83 @@ def test_robot_error_is_raised_after_holding_robot(error):
     loop = ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,)))
     with pytest.raises(type(error)):
         loop.run()
-    assert robot.positions == [1, 1, 1, 1, 0]
+    assert robot.positions == [1, 1, 1, 1, 0, 0]
     assert loop.report.actions == 4
+
+
+@pytest.mark.parametrize(("mode", "execute_steps"), [("sync", 4), ("async", HORIZON), ("ensemble", HORIZON)])
+def test_robot_without_action_is_held_before_an_observation_that_may_block(mode, execute_steps):
+    policy = ScriptedPolicy(lambda number: np.ones((HORIZON, 1)), action_commands=["velocity"])
+    clock = VirtualClock()
+    robot = ToyRobot(clock)
+    moving = []
+
+    def observe():
+        moving.append(bool(robot.commands) and robot.commands[-1] != 0)
+        return {}
+
+    robot.observe = observe
+    settings = ControlSettings(mode=mode, execute_steps=execute_steps)
+    report = ControlLoop(robot, policy, settings, clock=clock, inference=VirtualInference(policy, clock, (0.05,))).run(
+        steps=50
+    )
+    assert len(moving) > 3
+    assert not any(moving)
+    assert report.late_chunks == (0 if mode == "sync" else len(moving) - 2)  # without the warm-up and the first chunk
+
+
+SIGNALED = """
+import os, signal
+import numpy as np
+from torchpi_client import ControlLoop
+
+class Robot:
+    commands = []
+    def observe(self):
+        if self.commands:
+            os.kill(os.getpid(), {number})
+        return {{}}
+    def act(self, action):
+        self.commands.append(action.tolist())
+
+class Policy:
+    metadata = {{"control_hz": 1000, "action_commands": ["velocity"], "execute_steps": 2}}
+    def infer(self, observation):
+        return {{"actions": np.full((4, 1), 3, np.float32)}}
+
+try:
+    ControlLoop(Robot(), Policy()).run()
+finally:
+    print(Robot.commands[-1], signal.getsignal({number}) == signal.SIG_DFL)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_ends_the_process_stops_the_robot_first(number):
+    script = [sys.executable, "-c", SIGNALED.format(number=int(number))]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "[0.0] True\n", "")
+
+
+def test_own_signal_handler_is_kept_and_other_threads_set_none():
+    def handlers():
+        policy, clock = ScriptedPolicy(), VirtualClock()
+        robot, seen = ToyRobot(clock), set()
+        robot.act = lambda action: seen.add(signal.getsignal(signal.SIGTERM))
+        ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,))).run(steps=4)
+        return seen
+
+    def own(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        assert handlers() == {own}
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert pool.submit(handlers).result() == {signal.SIG_DFL}
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---- NaN and limits ----
@@ -588,6 +667,13 @@ def test_limits_from_metadata():
     np.testing.assert_allclose([limits.low, limits.high], [[-1, -2.4], [11, 2.4]])
     with pytest.raises(ValueError, match=r"neither action_limits nor action_range, only embodiment"):
         ActionLimits.from_metadata({"embodiment": "aloha"})
+    for malformed in ({"low": [0]}, [0, 1]):
+        with pytest.raises(
+            ValueError, match=r"The server's action_range is .*; expected a dict with the lists low and"
+        ):
+            ActionLimits.from_metadata({"action_range": malformed})
+    with pytest.raises(ValueError, match="action_limits are for 3 dimensions, its action_range for 2"):
+        ActionLimits.from_metadata({"action_limits": {**own, "max_step": None}, "action_range": trained})
 
 
 def test_limits_in_embodiment_file_limit_commands(tmp_path):
@@ -655,6 +741,9 @@ def test_limits_are_scaled_to_control_rate():
         ([math.nan], [1], None, "NaN"),
         ([0], [1], [0], "step is not positive"),
         ([0], [1, 2], None, "shapes"),
+        ([0], [1], 0.05, r"max_step is 0.05; expected a list with one number per action dimension"),
+        (-1, [1], None, "low is -1; expected a list"),
+        ([0], ["a"], None, r"high is \['a'\]; expected a list"),
     ],
 )
 def test_invalid_limits_are_refused(low, high, max_step, message):
@@ -796,7 +885,7 @@ def test_stretched_action_has_same_end_result():
 def test_missing_action_commands_are_refused_with_remedy(commands, names, missing):
     policy = ScriptedPolicy()
     policy.metadata.update(action_commands=commands, action_names=names)
-    remedy = 'one of position, velocity, .*action_commands= in ControlSettings.*"command"'
+    remedy = 'one of position, velocity, .*action_commands= in ControlSettings.*"command".*a velocity robot keeps'
     message = rf"have no valid command: {missing}\. .*{remedy}"
     with pytest.raises(ValueError, match=message):
         controlled(policy)
@@ -842,6 +931,7 @@ def test_action_kinds_of_older_server_are_read():
         ({"limits": ActionLimits.of([0, 0], [1, 1])}, "limits has 2 dimensions; the actions have 1"),
         ({"start": np.zeros(3)}, "start has 3 dimensions"),
         ({"start": np.array([np.nan])}, "start is .*with NaN or infinity"),
+        ({"limits": {"low": [0]}}, r"limits is \{'low': .*; expected ActionLimits\.of"),
         ({"execute_steps": 2.5}, "execute_steps is 2.5; expected a positive whole number"),
         ({"control_hz": "50"}, "control_hz is '50'; expected a positive number"),
         ({"ensemble_decay": math.nan}, "ensemble_decay is nan; expected a finite number"),
@@ -892,7 +982,8 @@ def test_rtc_refuses_execute_steps_of_whole_chunk():
 
 
 @pytest.mark.parametrize(
-    "answer", [{"chunk": 1}, {"actions": np.zeros((8, 2), np.float32)}, {"actions": np.zeros(8)}, {"actions": [[1]]}]
+    "answer",
+    [[1.0], {"chunk": 1}, {"actions": np.zeros((8, 2), np.float32)}, {"actions": np.zeros(8)}, {"actions": [[1]]}],
 )
 def test_malformed_chunks_are_refused_before_robot_moves(answer):
     policy = ScriptedPolicy()
@@ -917,6 +1008,26 @@ def test_dry_run_shows_chunks_and_sends_nothing():
         ["0", "0.5000", "nan!"],
         ["1", "2.0000!", "1.0000"],
     ]
+
+
+def test_wrong_arguments_are_refused_before_robot_moves():
+    policy, clock = ScriptedPolicy(), VirtualClock()
+    robot = ToyRobot(clock)
+    for arguments, message in (
+        ((object(), policy), "The robot is <object .*, without observe and act"),
+        ((robot, "ws://robot:8000"), "The policy is 'ws://robot:8000', without metadata and infer"),
+        ((robot, policy, {"mode": "rtc"}), "settings is of type dict; expected ControlSettings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ControlLoop(*arguments)
+    loop = ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,)))
+    for name, value in (("seconds", "5"), ("seconds", -1), ("steps", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; expected a number of 0 or more"):
+            loop.run(**{name: value})
+    robot.observe = lambda: [1, 2]
+    with pytest.raises(ValueError, match=r"observe\(\) returned a value of type list; expected a dict"):
+        loop.run(steps=1)
+    assert robot.commands == []
 
 
 def test_stop_ends_run_and_loop_runs_once():

@@ -63,13 +63,12 @@ class ActionLimits:
         Args:
             margin: fraction of its width by which each range is widened on both sides, for observed ranges.
         """
-        lowest = np.array([-np.inf if value is None else value for value in low])
-        highest = np.array([np.inf if value is None else value for value in high])
+        lowest, highest = _numbers("low", low, -np.inf), _numbers("high", high, np.inf)
         if lowest.shape == highest.shape:
             width = np.where(np.isfinite(highest - lowest), highest - lowest, 0.0)
             lowest, highest = lowest - margin * width, highest + margin * width
-        steps = [None] * len(low) if max_step is None else max_step
-        return cls(lowest, highest, np.array([np.inf if value is None else value for value in steps]))
+        steps = np.full(len(lowest), np.inf) if max_step is None else _numbers("max_step", max_step, np.inf)
+        return cls(lowest, highest, steps)
 
     @classmethod
     def from_metadata(
@@ -86,9 +85,9 @@ class ActionLimits:
             max_step: largest steps, instead of the embodiment's.
 
         Raises:
-            ValueError: the metadata contain neither.
+            ValueError: the metadata contain neither, or one that is malformed.
         """
-        embodiment, training = (metadata.get(name) for name in ("action_limits", "action_range"))
+        embodiment, training = (_server_range(metadata, name) for name in ("action_limits", "action_range"))
         steps = embodiment.get("max_step") if max_step is None and embodiment is not None else max_step
         sources = [
             cls.of(source["low"], source["high"], max_step=steps, margin=extra)
@@ -101,6 +100,10 @@ class ActionLimits:
                 "state the robot's limits with ActionLimits.of(low, high, max_step=…)."
             )
         first, last = sources[0], sources[-1]
+        if first.low.shape != last.low.shape:
+            raise ValueError(
+                f"The server's action_limits are for {len(first.low)} dimensions, its action_range for {len(last.low)}."
+            )
         no_range = np.isinf(first.low) & np.isinf(first.high)
         return cls(np.where(no_range, last.low, first.low), np.where(no_range, last.high, first.high), first.max_step)
 
@@ -140,3 +143,20 @@ class ActionLimits:
         """The command after one step, float32 [a], and the dimensions that were clipped."""
         stepped = command if last is None else np.clip(command, last - self.max_step, last + self.max_step)
         return stepped.astype(np.float32), stepped != command
+
+
+def _numbers(name: str, values: Any, no_limit: float) -> np.ndarray:
+    """The values, float64 [a], with `no_limit` in place of None."""
+    try:
+        return np.array([no_limit if value is None else value for value in values], np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is {values!r:.80}; expected a list with one number per action dimension, or None for no limit."
+        ) from None
+
+
+def _server_range(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    value = metadata.get(name)
+    if value is None or (isinstance(value, Mapping) and {"low", "high"} <= set(value)):
+        return value
+    raise ValueError(f"The server's {name} is {value!r:.80}; expected a dict with the lists low and high.")

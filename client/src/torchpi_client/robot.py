@@ -16,7 +16,8 @@ class Robot(Protocol):
     """A robot; both methods are called from the thread that runs the control loop."""
 
     def observe(self) -> dict[str, Any]:
-        """The current observation, with the keys that the policy's embodiment reads."""
+        """The current observation, with the keys that the policy's embodiment reads. While it blocks, no command is
+        sent."""
 
     def act(self, action: np.ndarray) -> None:
         """Send an action, float32 [a] in the robot's units. Return immediately: the loop keeps the time."""
@@ -51,11 +52,14 @@ def check_commands(own: Sequence[Any] | None, metadata: Mapping[str, Any]) -> tu
         return tuple(commands)
     missing = [i for i, command in enumerate(commands or ()) if command not in COMMANDS]
     dims = ", ".join(names[i] if i < len(names) else str(i) for i in missing) or ", ".join(names) or "all of them"
+    each = f"each of the {expected} dimensions" if expected else "each dimension"
     raise ValueError(
         f"The action_commands are {commands}; these action dimensions have no valid command: {dims}. "
         f"To hold the robot still, the loop needs one of {', '.join(COMMANDS)} for each dimension. Pass "
-        'action_commands= in ControlSettings, such as ["position"] * 7, or set "command" for each action in the '
-        "policy's embodiment (policy.json) on the server."
+        f"action_commands= in ControlSettings, a list of what act() expects in {each}, for example "
+        '["increment", …, "effort"]; or set "command" for each action in the policy\'s embodiment (policy.json) on the '
+        'server. A wrong command moves a robot that should be held: with "position" a velocity robot keeps its '
+        'velocity, with "velocity" a position robot moves to 0.'
     )
 
 

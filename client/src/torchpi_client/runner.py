@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
-from typing import Any, Callable
+import signal
+import threading
+from typing import Any, Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -69,6 +72,10 @@ class ControlLoop:
         on_chunk: Callable[[np.ndarray], None] | None = None,
         log: RobotLog | None = None,
     ) -> None:
+        _require_members("robot", robot, "observe", "act")
+        _require_members("policy", policy, "metadata", "infer")
+        if settings is not None and not isinstance(settings, ControlSettings):
+            raise ValueError(f"settings is of type {type(settings).__name__}; expected ControlSettings.")
         self._robot = robot
         self._run_log = log
         self._policy = policy
@@ -115,6 +122,10 @@ class ControlLoop:
 
         Before the run, the loop waits for a first chunk, whose inference may include a compilation, and drops it.
 
+        Ctrl-C, SIGTERM and SIGHUP hold the robot still before the exception that ends the process: KeyboardInterrupt,
+        or SystemExit for the other two. For those, `run` must be called in the main thread; a handler that the process
+        has set, or an ignored signal, stays as it is.
+
         Args:
             seconds, steps: length of the run, whichever ends first; None means no limit. Skipped steps count.
 
@@ -125,7 +136,18 @@ class ControlLoop:
         """
         if self.report.steps:
             raise ValueError("This ControlLoop has run already; make a new one.")
+        for name, value in (("seconds", seconds), ("steps", steps)):
+            if value is not None and not (isinstance(value, (int, float, np.integer, np.floating)) and value >= 0):
+                raise ValueError(f"{name} is {value!r:.80}; expected a number of 0 or more, or None for no limit.")
         limit = min(math.inf if steps is None else steps, math.inf if seconds is None else seconds * self.control_hz)
+        with _signals_raise():
+            return self._run(limit)
+
+    def stop(self) -> None:
+        """End the run after the current step, or before the robot moves; for signal handlers and other threads."""
+        self._stopping = True
+
+    def _run(self, limit: float) -> ControlReport:
         schedule = self._warm_up()
         if schedule is None:
             return self.report
@@ -143,10 +165,6 @@ class ControlLoop:
             self.report.reconnects = self._reconnects - self._reconnects_before
             self._halt()
         return self.report
-
-    def stop(self) -> None:
-        """End the run after the current step, or before the robot moves; for signal handlers and other threads."""
-        self._stopping = True
 
     # ---- before the robot moves ----
 
@@ -173,7 +191,7 @@ class ControlLoop:
         warned = False
         while not self._stopping:
             started = self._clock.now()
-            self._inference.start({**self._robot.observe(), **fields})
+            self._inference.start({**self._observe(), **fields})
             while (answer := self._inference.wait(_STOP_CHECK_SECONDS)) is None:
                 if self._stopping:
                     return None
@@ -228,11 +246,21 @@ class ControlLoop:
 
     def _step(self) -> None:
         self._receive()
-        self._request_chunk()
+        if self._schedule.empty and not self._queued:
+            # Hold the robot before observe(), which may block: the last velocity would last as long.
+            self._send_command()
+            self._request_chunk()
+            if self._consecutive_held:
+                self._mark_late()
+        else:
+            self._request_chunk()
+            self._send_command()
+        self.report.steps += 1
+
+    def _send_command(self) -> None:
         command = self._next_command()
         if command is not None:
             self._act(command)
-        self.report.steps += 1
 
     def _receive(self) -> None:
         """Handle the answer, if it has arrived."""
@@ -296,7 +324,7 @@ class ControlLoop:
         if self._inference.busy or not self._schedule.due:
             return
         now = self._clock.now()
-        observation = dict(self._robot.observe())
+        observation = self._observe()
         if self._run_log is not None:
             self._run_log.observe(now - self._log_start, observation)
         request = self._schedule.request()
@@ -304,6 +332,15 @@ class ControlLoop:
             observation.update(self._rtc_fields(request))
         self._request = _Pending(request, now, self.report.steps)
         self._inference.start(observation)
+
+    def _observe(self) -> dict[str, Any]:
+        observation = self._robot.observe()
+        if not isinstance(observation, Mapping):
+            raise ValueError(
+                f"The robot's observe() returned a value of type {type(observation).__name__}; expected a dict with "
+                "the keys that the policy reads."
+            )
+        return dict(observation)
 
     def _rtc_fields(self, request: Request) -> dict[str, Any]:
         """Request field for real-time chunking, at the policy's rate; empty without a previous chunk."""
@@ -354,12 +391,15 @@ class ControlLoop:
         self._consecutive_held += 1
         if self._consecutive_held == math.ceil(HELD_SECONDS * self.control_hz):
             _log.warning("No chunk for %g s: the robot is held until one arrives", HELD_SECONDS)
-        if self._request is not None and not self._request.late:
-            self._request.late = True
-            self.report.late_chunks += 1
+        self._mark_late()
         if self._settings.late == "stop":
             raise _Stop("A chunk is late: the actions ran out before it arrived")
         return self._hold()
+
+    def _mark_late(self) -> None:
+        if self._request is not None and not self._request.late:
+            self._request.late = True
+            self.report.late_chunks += 1
 
     def _is_overdue(self) -> bool:
         """True if the chunk should have arrived by now."""
@@ -421,7 +461,9 @@ class ControlLoop:
         """The answer's actions, float32 [H, a]. NaN and infinity are checked later, in each step."""
         if answer.error is not None:
             raise answer.error
-        assert answer.content is not None
+        if not isinstance(answer.content, Mapping):
+            found = f"a value of type {type(answer.content).__name__}"
+            raise ValueError(f'{self._name} answered {found}; expected a dict with "actions".')
         if "actions" not in answer.content:
             raise ValueError(f"{self._name} answered {', '.join(answer.content) or 'nothing'}; expected actions.")
         chunk = np.asarray(answer.content["actions"])
@@ -442,6 +484,35 @@ class ControlLoop:
     def _check_length(self, name: str, value: np.ndarray | None) -> None:
         if value is not None and len(value) != len(self._commands):
             raise ValueError(f"{name} has {len(value)} dimensions; the actions have {len(self._commands)}.")
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise a SystemExit, as Ctrl-C raises a KeyboardInterrupt: by default they kill the process
+    without a last command to the robot. Python sets handlers in the main thread only."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+
+    def end(number: int, frame: Any) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the last command
+        raise SystemExit(128 + number)
+
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _require_members(name: str, value: Any, *members: str) -> None:
+    missing = [member for member in members if not hasattr(value, member)]
+    if missing:
+        raise ValueError(f"The {name} is {value!r:.80}, without {' and '.join(missing)}; see `torchpi_client.robot`.")
 
 
 def _is_unanswered(answer: Answer) -> bool:

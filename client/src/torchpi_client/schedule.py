@@ -43,6 +43,11 @@ class ActionQueue:
         """True when a chunk should be requested."""
         return self._chunk is None or self._index >= min(self._execute_steps, len(self._chunk))
 
+    @property
+    def empty(self) -> bool:
+        """True if there is no next action."""
+        return self._chunk is None or self._index >= len(self._chunk)
+
     def request(self) -> Request:
         """Register a request. The rest of the current chunk is copied: it is executed during the inference."""
         rest = None if self._chunk is None else self._chunk[self._index :].copy()
@@ -96,9 +101,14 @@ class Ensemble:
     @property
     def due(self) -> bool:
         """True when a chunk should be requested."""
-        if self._last_request is None or not self._current_chunks():
+        if self._last_request is None or self.empty:
             return True
         return self._num_executed >= self._last_request + self._execute_steps
+
+    @property
+    def empty(self) -> bool:
+        """True if there is no next action."""
+        return not self._current_chunks()
 
     def request(self) -> Request:
         """Register a request."""

@@ -79,6 +79,8 @@ class ControlSettings:
             check_positive(name, getattr(self, name), whole=name == "execute_steps")
         if self.action_commands is not None:
             check_command_list(self.action_commands)
+        if self.limits is not None and not isinstance(self.limits, ActionLimits):
+            raise ValueError(f"limits is {self.limits!r:.80}; expected ActionLimits.of(low, high, max_step=…).")
         if not math.isfinite(self.ensemble_decay):
             raise ValueError(f"ensemble_decay is {self.ensemble_decay}; expected a finite number.")
         if self.start is not None and not np.isfinite(self.start).all():
@@ -111,8 +113,8 @@ def check_command_list(commands: Any) -> None:
     """Raise a ValueError unless the value is a list of one or more of `COMMANDS`."""
     if not isinstance(commands, (list, tuple)) or not commands:
         raise ValueError(
-            f"action_commands is {commands!r:.80}; expected a list, one command per action dimension, such as "
-            '["position"] * 7.'
+            f"action_commands is {commands!r:.80}; expected a list, one command per action dimension: what "
+            'act() expects, for example ["increment", …, "effort"].'
         )
     unknown = [f"{command!r:.80} (dimension {i})" for i, command in enumerate(commands) if command not in COMMANDS]
     if unknown:
