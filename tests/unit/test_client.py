@@ -374,7 +374,7 @@ def test_unpackable_observation_keeps_connection():
     ("first", "error", "message"),
     [
         ("not today", ServerError, "not today"),
-        (pack([1]), ValueError, "sent a list"),
+        (pack([1]), ValueError, "sent a value of type list"),
         (b"\xc1", ValueError, "Cannot unpack"),
         (None, ConnectionError, "sent no metadata"),
     ],
@@ -592,7 +592,11 @@ def test_infinite_timeouts_are_accepted(seconds):
 
 
 def test_observation_must_be_dict():
-    with running(echo) as url, WebsocketPolicy(url) as policy, pytest.raises(ValueError, match="is a list; expected a"):
+    with (
+        running(echo) as url,
+        WebsocketPolicy(url) as policy,
+        pytest.raises(ValueError, match="is of type list; expected a"),
+    ):
         policy.infer([1, 2, 3])
 
 
@@ -884,7 +888,7 @@ def test_previous_chunk_survives_wire_format():
     [
         ({"action_prefix": np.full((3, 2), np.nan, np.float32)}, "NaN or infinity"),
         ({"action_prefix": np.zeros((0, 2), np.float32)}, r"float32 \[0, 2\]"),
-        ({"action_prefix": [[1.0]]}, "a list"),
+        ({"action_prefix": [[1.0]]}, "of type list"),
         ({"delay": 4}, r"delay is 4; expected an integer, 0 to 3"),
         ({"delay": 1.0}, r"delay is 1.0"),
         ({"execution_horizon": 0}, "at least 1"),
@@ -989,7 +993,7 @@ def test_http_rejection_raises_connection_error_with_remedy():
     with running(echo, process_request=forbid) as url:
         with pytest.raises(ConnectionError, match=r"HTTP 401: who are you\?; pass its token as api_key"):
             WebsocketPolicy(url)
-        answers = [(404, "there is no policy at /arm; this server has /default\n")]
+        answers = [(404, "there is no policy at /arm; this server has /default.\n")]
         with pytest.raises(
             ConnectionError, match=r"HTTP 404: .* has /default; the path after the port in the URL names"
         ):

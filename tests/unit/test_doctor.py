@@ -566,7 +566,7 @@ def test_masked_camera_is_not_reported(make_policy):
         ({"state": np.full(4, np.nan)}, "NaN or infinity in state 'state'"),
         ({"third": np.zeros((8, 8, 3), np.uint8)}, "no camera 'third'"),
         ({"base": np.zeros((3, 8, 8), np.uint8)}, "transpose"),
-        ({"prompt": 3}, "The prompt is a int"),
+        ({"prompt": 3}, "The prompt is of type int"),
     ],
 )
 def test_an_observation_that_cannot_be_read_is_a_problem(demo, changes, message):

@@ -193,7 +193,7 @@ def test_any_number_of_cameras_is_supported():
 
 
 def test_observation_of_wrong_type_is_an_error():
-    with pytest.raises(ValueError, match="found a list"):
+    with pytest.raises(ValueError, match="found a value of type list"):
         my_arm().to_model([request()])
 
 
@@ -470,7 +470,7 @@ def test_limits_are_saved_in_the_file(tmp_path):
             lambda: generic(actions=["b", "a"], delta=["b", "a"]),
             "action 'b' is a delta at index 0, but the state has 'b' at index 1 and 'a' at 0; .*different joints",
         ),
-        (lambda: get_embodiment(3), "found a int"),
+        (lambda: get_embodiment(3), "found a value of type int"),
         (lambda: ActionDim("a", kind="velocity"), "kind is 'velocity'"),
         (lambda: my_arm(command={"ankle": "effort"}), r"command names \['ankle'\]"),
         (lambda: my_arm(command="torque"), "Action 'shoulder': command is 'torque'"),

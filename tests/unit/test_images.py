@@ -77,7 +77,7 @@ UINT8, FLOAT = np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8, 3), np.float32)
         (FLOAT - 1, "hwc", "any", "from -1.0"),
         (np.where(np.arange(3) == 1, np.nan, FLOAT), "hwc", "any", "NaN"),
         (np.where(np.arange(3) == 1, np.inf, FLOAT), "hwc", "any", r"\[0, 1\]"),
-        ([[0]], "hwc", "any", "a list.*NumPy array"),
+        ([[0]], "hwc", "any", "a value of type list.*NumPy array"),
         (None, "hwc", "any", "NoneType"),
     ],
 )

@@ -100,7 +100,7 @@ def test_forward_does_not_change_the_sample():
         ({"actions": np.zeros((2, 6))}, "actions has 6 dimensions.*action_dim is 5"),
         ({"state": np.zeros(4)}, "normalize state: it has 4 dimensions.*only 3"),
         ({"actions": np.zeros((2, 4))}, "normalize actions: it has 4 dimensions.*only 3"),
-        ({"prompt": 3}, "prompt is a int"),
+        ({"prompt": 3}, "prompt is of type int"),
     ],
 )
 def test_invalid_samples_are_errors(changes, message):

@@ -275,9 +275,13 @@ def test_pi0_reads_state_outside_the_prompt(make_policy):
         ({"top": np.zeros((8, 8, 3), np.uint8)}, KeyError, "'two_joints' has no camera 'top'; its cameras are front"),
         ({"front": np.zeros((3, 8, 8), np.uint8)}, ValueError, r"front\)' sent uint8 \[3, 8, 8\].*transpose"),
         ({"front": np.zeros((8, 8, 3))}, ValueError, r"front\)' sent float64 \[8, 8, 3\]; expected uint8"),
-        ({"front": [[0, 0, 0]]}, ValueError, r"front\)' sent a list; expected uint8.*Send it as a NumPy array"),
+        (
+            {"front": [[0, 0, 0]]},
+            ValueError,
+            r"front\)' sent a value of type list; expected uint8.*Send it as a NumPy array",
+        ),
         ({"prompt": None}, ValueError, r"no prompt, and neither the policy nor embodiment 'two_joints' has a default"),
-        ({"prompt": 3}, ValueError, "The prompt is a int; expected a str"),
+        ({"prompt": 3}, ValueError, "The prompt is of type int; expected a str"),
     ],
 )
 def test_invalid_request_error_names_the_field(make_policy, changes, error, message):

@@ -257,7 +257,7 @@ def test_invalid_prompt_settings_are_errors():
         tokenize_prompt(SPM, "a", None, discrete_state_input=True, max_token_len=None)
     with pytest.raises(ValueError, match=r"'middle'.*instruction, original"):
         tokenize("a", truncation="middle")
-    with pytest.raises(ValueError, match="prompt is a int"):
+    with pytest.raises(ValueError, match="prompt is of type int"):
         tokenize(3)
 
 

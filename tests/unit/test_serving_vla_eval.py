@@ -204,7 +204,7 @@ def test_unknown_message_is_an_error_and_keeps_the_connection():
         (b"\xc1", "Cannot read the message"),
         (msgpack.packb(7), "Cannot read the message"),
         (msgpack.packb({"type": "hello", "payload": {}}), "'seq'"),
-        (packed("hello", [1]), "payload a list"),
+        (packed("hello", [1]), "payload of type list"),
         (packed("hello", {}, seq="x"), "seq 'x'"),
         (packed("observation", {"images": {"agentview": {"__image__": True, "format": "gif"}}}), "format 'gif'"),
         (packed("observation", {"states": {"__ndarray__": True, "data": b"", "dtype": "O", "shape": [1]}}), "dtype"),

@@ -118,7 +118,7 @@ class WebsocketPolicy:
         """
         if not isinstance(observation, dict):
             raise ValueError(
-                f"The observation for {self.url} is a {type(observation).__name__}; expected a dict "
+                f"The observation for {self.url} is of type {type(observation).__name__}; expected a dict "
                 "with the robot's keys."
             )
         interrupt = interrupt or Interrupt()
@@ -273,7 +273,7 @@ class WebsocketPolicy:
             )
         if isinstance(error, InvalidStatus):
             status, body = error.response.status_code, error.response.body
-            reply = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
+            reply = bytes(body or b"").decode("utf-8", "replace").strip()[:300].rstrip(".")
             message = f"{self.url} refuses the connection, HTTP {status}"
             if reply:
                 message += f": {reply}"

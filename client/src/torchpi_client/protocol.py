@@ -105,7 +105,7 @@ class PreviousChunk:
             raise ValueError(f"{RTC} is {found}; expected a dict of {', '.join(sorted(keys))}.")
         actions = value["action_prefix"]
         if not isinstance(actions, np.ndarray):
-            raise ValueError(f"action_prefix is a {type(actions).__name__}; expected an array [k, a].")
+            raise ValueError(f"action_prefix is of type {type(actions).__name__}; expected an array [k, a].")
         return cls(actions, value["delay"], value["execution_horizon"])
 
 
@@ -140,7 +140,7 @@ def content(frame: str | bytes, url: str) -> dict[str, Any]:
             "its place?"
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{url} sent a {type(value).__name__}; expected a dict: is it a policy server?")
+        raise ValueError(f"{url} sent a value of type {type(value).__name__}; expected a dict: is it a policy server?")
     return value
 
 

@@ -35,7 +35,9 @@ def get_embodiment(embodiment: Any) -> Embodiment:
     if isinstance(embodiment, str) and embodiment in EMBODIMENTS:
         return EMBODIMENTS[embodiment]()
     if not isinstance(embodiment, str | Path):
-        raise EmbodimentError(f"An embodiment is a name, a path or an Embodiment; found a {type(embodiment).__name__}.")
+        raise EmbodimentError(
+            f"An embodiment is a name, a path or an Embodiment; found a value of type {type(embodiment).__name__}."
+        )
     file = Path(embodiment)
     if file.is_file():
         return read_embodiment(file)

@@ -272,7 +272,7 @@ class Embodiment:
         """
         if not isinstance(observation, Mapping):
             raise EmbodimentError(
-                f"An observation is a dict with the robot's keys; found a {type(observation).__name__}."
+                f"An observation is a dict with the robot's keys; found a value of type {type(observation).__name__}."
             )
         values = flatten(observation)
         self._check_keys(values)

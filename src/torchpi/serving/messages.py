@@ -89,7 +89,9 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, ...]) -> tuple
         raise RequestError("malformed_message", str(error)) from error
     try:
         if not isinstance(content, dict):
-            raise ServingError(f"A request is a map with the robot's keys; found a {type(content).__name__}.")
+            raise ServingError(
+                f"A request is a map with the robot's keys; found a value of type {type(content).__name__}."
+            )
         return check_observation(content), _options(content, noise_shape)
     except ValueError as error:
         raise RequestError("bad_observation", str(error)) from error
@@ -184,7 +186,7 @@ def _options(content: Mapping[str, Any], noise_shape: tuple[int, ...]) -> Reques
     if noise is not None:
         is_array = isinstance(noise, np.ndarray)
         if not is_array or noise.dtype.kind != "f" or noise.shape != noise_shape:
-            found = f"{noise.dtype} {list(noise.shape)}" if is_array else f"a {type(noise).__name__}"
+            found = f"{noise.dtype} {list(noise.shape)}" if is_array else f"a value of type {type(noise).__name__}"
             raise ServingError(f"torchpi/noise is {found}; expected floating-point numbers {list(noise_shape)}.")
         if not np.isfinite(noise).all():
             raise ServingError("torchpi/noise contains NaN or infinity; it must be finite.")

@@ -205,7 +205,7 @@ def _read_message(frame: str | bytes) -> tuple[str, dict[Any, Any], int]:
         message_type, payload, seq, _ = [content[field] for field in _FIELDS]
         if isinstance(message_type, str) and isinstance(payload, dict) and is_whole(seq):
             return message_type, payload, seq
-        types = f"type is a {type(message_type).__name__}, payload a {type(payload).__name__}"
+        types = f"the field type is of type {type(message_type).__name__}, payload of type {type(payload).__name__}"
         raise ValueError(f"{types}, seq {_brief(seq)}")
     except (LookupError, TypeError, ValueError, msgpack.UnpackException) as error:
         reason = str(error).rstrip(".") or type(error).__name__

@@ -140,7 +140,7 @@ def to_uint8_hwc(image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[n
 def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
-    return f"a {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"
 
 
 def _layout_hint(image: np.ndarray, layout: str) -> str:

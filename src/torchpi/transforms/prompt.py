@@ -45,7 +45,7 @@ def as_text(prompt: Any) -> str:
             raise TransformError(f"The prompt's bytes are not UTF-8: {error}") from error
     if not isinstance(value, str):
         raise TransformError(
-            f"The prompt is a {type(prompt).__name__}; expected a str (or UTF-8 bytes, or a 0-d array of one)."
+            f"The prompt is of type {type(prompt).__name__}; expected a str (or UTF-8 bytes, or a 0-d array of one)."
         )
     return str(value)
 
