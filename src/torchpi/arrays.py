@@ -11,7 +11,7 @@ from torchpi.errors import MissingFileError, UsageError
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise MissingFileError(f"There is no file {path}.")
+        raise MissingFileError(f"There is no file {path}; check its path.")
     try:
         if not zipfile.is_zipfile(path):
             raise UsageError("It is not a zip file.")
@@ -28,7 +28,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def read_npy(path: pathlib.Path) -> np.ndarray:
     if not path.is_file():
-        raise MissingFileError(f"There is no file {path}.")
+        raise MissingFileError(f"There is no file {path}; check its path.")
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)

@@ -30,7 +30,7 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
     """Read the value in a JSON file; raise `error` if it is not valid JSON."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise MissingFileError(f"There is no file {path}.")
+        raise MissingFileError(f"There is no file {path}; check its path.")
     return parse_json(path.read_bytes(), str(path), error=error)
 
 
@@ -39,10 +39,10 @@ def parse_json(text: str | bytes, where: str, *, error: type[TorchpiError] = Con
     try:
         # Some editors begin files with a byte order mark.
         return bounded(DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig")))
-    except RecursionError as problem:
-        raise error(f"{where} is not valid JSON: objects and lists are nested too deeply.") from problem
-    except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
-        raise error(f"{where} is not valid JSON: {str(problem).rstrip('.')}.") from problem
+    except (RecursionError, ValueError) as problem:  # ValueError: JSONDecodeError or UnicodeDecodeError
+        is_deep = isinstance(problem, RecursionError)
+        fault = "objects and lists are nested too deeply" if is_deep else str(problem).rstrip(".")
+        raise error(f"{where} is not valid JSON: {fault}. Correct the file, or get it again.") from problem
 
 
 def bounded(value: Any) -> Any:

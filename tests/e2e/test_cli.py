@@ -253,7 +253,7 @@ def test_invalid_noise_file_is_an_error(arguments, tmp_path, capsys, write):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--inputs", "nowhere.npz"], "There is no file nowhere.npz"),
+        (["--inputs", "nowhere.npz"], "There is no file nowhere.npz; check its path."),
         (["--noise", "nowhere.npy"], "There is no file nowhere.npy"),
         (["--policy", "nowhere"], "There is no checkpoint at nowhere"),
         (["--policy", "hf://pi05"], "Malformed address 'hf://pi05'"),

@@ -505,6 +505,13 @@ def test_path_that_is_not_a_path_is_an_error(load):
             load(path)
 
 
+def test_path_of_a_missing_training_step_error_lists_the_steps(tmp_path):
+    for step in ("00000500", "00001000"):
+        (tmp_path / step / "policy").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=re.escape(f" Steps in {tmp_path}: 00000500, 00001000.")):
+        torchpi.load_policy(tmp_path / "00000700/policy")
+
+
 def test_missing_embodiment_error_lists_the_embodiments(checkpoint, tokenizer):
     with pytest.raises(ValueError, match=r"does not say which robot.*embodiment=, one of aloha, droid, libero"):
         load(checkpoint, tokenizer, embodiment=None)

@@ -537,7 +537,7 @@ def test_unknown_truncation_is_an_error_that_lists_the_known_ones(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format_version": 1, ', "is not valid JSON"),
+        (b'{"format_version": 1, ', r"is not valid JSON: .*\. Correct the file, or get it again\."),
         (b"", "is not valid JSON"),
         (b"\xff\xfe{", "is not valid JSON"),
         (b"[]", "must hold a JSON object, found list"),
@@ -552,7 +552,8 @@ def test_policy_json_that_is_no_object_is_an_error(folder, content, message):
 
 def test_missing_statistics_are_an_error(folder):
     (folder / "norm_stats.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"No normalization statistics at .*policy/norm_stats\.json"):
+    message = r"No normalization statistics at .*policy/norm_stats\.json; .* copy or download the policy again"
+    with pytest.raises(FileNotFoundError, match=message):
         load(folder)
 
 

@@ -45,7 +45,8 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
         raise CheckpointError(f"A checkpoint's path is a string or a Path, got {path!r:.80}; expected {_EXPECTED}")
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not os.path.exists(root):
-        raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}{hub_hint(str(path))}")
+        hints = _hint(str(path)) + hub_hint(str(path)) + _steps_hint(root)
+        raise MissingFileError(f"There is no checkpoint at {root}; {hints}")
     if root.is_dir() or root.suffix == ".npz":
         return root
     if root.name in _FILES_OF_FORMATS:
@@ -72,6 +73,13 @@ def _hint(path: str) -> str:
     if "/" in path:
         return f"expected {_EXPECTED}"
     return f"expected {_EXPECTED} Published are {', '.join(PUBLISHED_NAMES)}, at {PUBLISHED}NAME."
+
+
+def _steps_hint(path: pathlib.Path) -> str:
+    """The existing steps of a training run, if `path` names another one."""
+    parent = next((parent for parent in path.parents if parent.exists()), pathlib.Path())
+    steps = sorted(folder.name for folder in parent.glob("[0-9]*") if folder.name.isdecimal())
+    return f" Steps in {parent}: {', '.join(steps[-8:])}." if steps else ""
 
 
 def hub_address(name: str | pathlib.Path, revision: str | None = None) -> str:

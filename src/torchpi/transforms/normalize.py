@@ -279,7 +279,8 @@ def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
         file = file / "norm_stats.json"
     if not file.is_file():
         raise MissingFileError(
-            f"No normalization statistics at {file}; expected a file or folder with norm_stats.json."
+            f"No normalization statistics at {file}; expected a file or folder with norm_stats.json. A policy folder "
+            "without it is incomplete: copy or download the policy again."
         )
     content = read_json(file, error=TransformError)
     if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
