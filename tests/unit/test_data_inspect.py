@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -214,11 +215,14 @@ def test_units_are_guessed_from_names_and_ranges(names, low, high, units):
     assert all(guess.reason for guess in guesses)
 
 
-def test_unit_of_an_action_whose_command_is_unknown_is_uncertain():
+def test_position_unit_of_an_action_whose_command_is_unknown_is_not_assumed():
     metres = guess_units(["z"], np.array([-1.0]), np.array([1.0]))[0]
     assert unit_of_action(metres, Guess("position", "it is near the next state", certain=True)).certain
     unknown = unit_of_action(metres, Guess("", "neither the state nor its change follows it"))
-    assert (unknown.value, unknown.certain) == ("m", False)
+    assert str(unknown) == "unknown: from -1 to 1: a position in m?"
+    assert not unknown.certain
+    joint = unit_of_action(Guess("rad", "joints within 2π", certain=True), Guess("", "it does not move"))
+    assert (joint.value, joint.certain) == ("rad", False)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,23 @@ def test_draft_asks_about_what_the_data_do_not_state(tmp_path):
     assert [action["kind"] for action in document["actions"]] == ["absolute"] * 3
     (question,) = (question for question in questions_of(document) if "command unknown" in question)
     assert question.startswith("actions a, b, c: command unknown: ")
-    assert "which is … times the action" in question
+    assert re.search(r"correlation (0\.\d+ to )?[01]\.\d+\), which is 0\.01\d+ to 0\.02\d* times the action", question)
+    assert "…" not in question
+
+
+def test_merged_questions_have_the_ranges_of_their_numbers():
+    reasons = [
+        "near (correlation 0.95); unit m: from -1 to 1e-05: a",
+        "near (correlation 0.91); unit m: from -2 to 0.5: a",
+    ]
+    rows = [
+        {"name": name, "comment": f"QUESTION: {reason}"}
+        for name, reason in zip("xyz", [*reasons, "other"], strict=True)
+    ]
+    assert list(questions_of({"cameras": [], "state": [], "actions": rows})) == [
+        "actions x, y: near (correlation 0.91 to 0.95); unit m: from -2 to 0.5: a",
+        "actions z: other",
+    ]
 
 
 def test_draft_merges_equal_questions(tmp_path):

@@ -15,7 +15,8 @@ from torchpi.schema import COMMENT, without_comments
 
 QUESTION = "QUESTION: "
 """Prefix of comments about something that the dataset does not state."""
-_MEASURED = re.compile(r"(correlation |change \(|which is |[:,] from )-?[\d.]+(?:e[+-]?\d+)?(?: to -?[\d.e+-]+)?")
+_NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?)"
+_MEASURED = re.compile(rf"(correlation |change \(|which is |[:,] from ){_NUMBER}(?: to {_NUMBER})?")
 """Measured numbers in the reasons of guesses, see `torchpi.data.guesses`."""
 _WRISTS = re.compile(r"wrist|hand|grip|ego", re.IGNORECASE)
 _MODEL_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -46,17 +47,30 @@ def draft_embodiment(inspection: Inspection, name: str, *, horizon: int = 50) ->
 
 
 def questions_of(document: Mapping[str, Any]) -> Iterator[str]:
-    """The questions of a draft. Questions that differ only in measured numbers are merged into one."""
+    """The questions of a draft. Questions that differ only in measured numbers are merged, with the numbers' ranges."""
     for part in ("cameras", "state", "actions"):
         groups = defaultdict[str, dict[str, str]](dict)  # questions by row, grouped by their text without numbers
         for row in document[part]:
             if COMMENT in row:
                 text = row[COMMENT].removeprefix(QUESTION)
-                groups[_MEASURED.sub(r"\1…", text)][row.get("name") or row["key"]] = text
-        for general, texts in groups.items():
+                groups[_MEASURED.sub(r"\1", text)][row.get("name") or row["key"]] = text
+        for texts in groups.values():
             names = "" if list(texts) == [part] else f" {', '.join(texts)}"  # the state's default key is "state"
-            different = set(texts.values())
-            yield f"{part}{names}: {general if len(different) > 1 else different.pop()}"
+            yield f"{part}{names}: {_with_ranges(list(texts.values()))}"
+
+
+def _with_ranges(texts: list[str]) -> str:
+    """Merge texts that differ only in measured numbers: each becomes the range of its values."""
+    rows = zip(*(_MEASURED.finditer(text) for text in texts), strict=True)
+    ranges = iter(
+        [sorted({number for match in row for number in match.groups()[1:] if number}, key=float) for row in rows]
+    )
+
+    def merged(match: re.Match[str]) -> str:
+        numbers = next(ranges)
+        return match[1] + " to ".join(numbers[:: max(1, len(numbers) - 1)])
+
+    return _MEASURED.sub(merged, texts[0])
 
 
 def to_text(document: Mapping[str, Any]) -> str:

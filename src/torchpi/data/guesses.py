@@ -108,4 +108,6 @@ def unit_of_action(unit: Guess, command: Guess) -> Guess:
         return Guess(f"{unit.value.removesuffix('/s')}/s" if unit.value else "", unit.reason)
     if "scaled" in command.reason:
         return Guess("", "not the state's: the action is scaled")
+    if not command.value and unit.reason.endswith("a position"):  # it may be a motion instead
+        return Guess("", f"{unit.reason} in {unit.value}?")
     return unit if command.value else dataclasses.replace(unit, certain=False)
