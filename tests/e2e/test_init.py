@@ -103,6 +103,16 @@ def test_own_robot_is_drafted_and_a_corrected_draft_is_kept(recordings, tmp_path
     assert json.loads((tmp_path / "my_robot.json").read_text())["execute_steps"] == 7
 
 
+def test_existing_folders_are_not_used_as_outputs(recordings, needed, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "my_policy_2").mkdir()
+    script = script_of(tmp_path, monkeypatch, data=recordings, robot="metaworld", weights="demo", hardware="1x80")
+    assert "--out run_3\n" in script
+    assert "torchpi train --resume run_3 continues" in script
+    assert "torchpi eval run_3/checkpoints/00030000/policy" in script
+    assert "torchpi serve my_policy_3\n" in script
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

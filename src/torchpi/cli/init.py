@@ -1,7 +1,9 @@
 """The init command."""
 
 import dataclasses
+import itertools
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -180,11 +182,14 @@ def _options(values: dict[str, Any]) -> list[str]:
 def _commands(
     data: str, robot: str, weights: str, episodes: list[int], gpus: int, training: dict[str, Any]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Comment and command of each step."""
+    """Comment and command of each step. Their output folders are new: training and conversion refuse existing ones."""
     first_test = episodes[-max(1, len(episodes) // 10)] if len(episodes) > 2 else None  # the last tenth is for testing
     train_select = {} if first_test is None else {"select": f"{episodes[0]}:{first_test}"}
     test_select = {} if first_test is None else {"select": f"{first_test}:"}
-    policy = f"run/checkpoints/{training['num_steps']:08d}/policy"
+    suffixes = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    folders = ([f"{name}{suffix}" for name in ("run", "plots", "my_policy")] for suffix in suffixes)
+    run, plots, my_policy = next(names for names in folders if not any(map(os.path.lexists, names)))
+    policy = f"{run}/checkpoints/{training['num_steps']:08d}/policy"
 
     compare = ["--compare", weights] if weights.startswith("gs://openpi-assets") else []
     yield (
@@ -197,23 +202,23 @@ def _commands(
     )
 
     launcher = ["torchrun", "--nproc-per-node", str(gpus), "-m", "torchpi.cli"] if gpus > 1 else ["torchpi"]
-    options = {"dataset": data, **train_select, "embodiment": robot, "init": weights, **training, "out": "run"}
+    options = {"dataset": data, **train_select, "embodiment": robot, "init": weights, **training, "out": run}
     yield (
-        f"3. Train ({training.get('finetune', 'all weights')}); Ctrl-C stops, torchpi train --resume run continues.",
+        f"3. Train ({training.get('finetune', 'all weights')}); Ctrl-C stops, torchpi train --resume {run} continues.",
         [*launcher, "train", *_options(options)],
     )
     yield (
         "4. Compare predicted and recorded chunks on held-out episodes."
         if test_select
         else "4. Compare predicted and recorded chunks; with more episodes, some would be held out for this.",
-        ["torchpi", "eval", policy, *_options({"dataset": data, **test_select, "out": "plots"})],
+        ["torchpi", "eval", policy, *_options({"dataset": data, **test_select, "out": plots})],
     )
 
     dtype = ["--dtype", "bfloat16"] if gpus else []
     yield (
         "5. Write one self-contained policy folder.",
-        ["torchpi", "convert", policy, "my_policy", "--to", "torchpi", *dtype],
+        ["torchpi", "convert", policy, my_policy, "--to", "torchpi", *dtype],
     )
-    yield "6. Serve it; for other machines, add --host 0.0.0.0 --token SECRET.", ["torchpi", "serve", "my_policy"]
+    yield "6. Serve it; for other machines, add --host 0.0.0.0 --token SECRET.", ["torchpi", "serve", my_policy]
     client = "python -m torchpi_client ws://HOST:8000 --dry-run --observation observation.npz"
     yield f"7. On the robot's computer, with torchpi-client: {client}\n# then the control loop, docs/control.md", []
