@@ -396,6 +396,13 @@ def test_help_describes_every_argument(command, capsys):
     assert all(line[0].isalpha() for text in paragraphs for line in text.split("\n")[1:])
 
 
+def test_dataset_options_have_one_help_text_in_all_commands():
+    by_name = dict(documented_fields(COMMANDS["stats"]))
+    train = dict(documented_fields(COMMANDS["train"]))
+    for name in ("rename", "fps", "tolerance_s"):
+        assert train[name] == by_name[name]
+
+
 def test_version(capsys):
     run(["--version"])
     assert capsys.readouterr().out == f"torchpi {torchpi.__version__}\n"

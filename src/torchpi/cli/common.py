@@ -81,7 +81,8 @@ class FrameOptions:
     """Rename columns and cameras to LeRobot's names, as OLD=NEW: state=observation.state actions=action.
     Join columns with +: joint_position+gripper_position=observation.state."""
     fps: float | None = None
-    """Frames per second to resample the dataset to, if the robot is controlled at another rate."""
+    """Frames per second to resample the dataset to, if the robot is controlled at another rate.
+    The nearest frames are read, and actions converted. By default the recorded rate, which must be control_hz."""
     tolerance_s: float | None = None
     """Maximum error of timestamps and video frame times in seconds; by default a quarter of the frame interval."""
 

@@ -65,8 +65,9 @@ class DataInspect(_InspectCommand):
 class DataDraft(_InspectCommand):
     """Draft an embodiment file for a dataset's robot, to be corrected by you and given as --embodiment.
 
-    Names, rate and cameras come from the dataset; units and commands are guesses. Each uncertain entry has a comment
-    that starts with QUESTION. Comments are ignored when the file is read.
+    Names, rate and cameras come from the dataset. Units and commands are suggested where the data indicate them; else a
+    unit is empty and a command null. Each uncertain entry has a comment that starts with QUESTION. Comments are ignored
+    when the file is read.
     """
 
     out: pathlib.Path

@@ -80,7 +80,7 @@ class Eval:
     """Random seed for episodes, frames and noise; by default 0, in LIBERO 7.
     Whatever the seed, no episode coincides with one of `sim record`."""
     num_steps: int | None = None
-    """Number of Euler steps from noise to actions; by default 10."""
+    """Number of Euler steps from noise to actions; by default the policy's setting, or 10 if it has none."""
     out: pathlib.Path | None = None
     """Output folder for plots of errors and chunks, or for simulated episodes, videos and a page.
     After an interruption, the same command continues a simulation. By default nothing is saved."""

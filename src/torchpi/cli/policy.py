@@ -74,6 +74,8 @@ class Infer:
     The observation is an .npz file with the robot's own keys, such as images.cam_high, state and prompt (a 0-d
     string); nested keys are joined with '.'. The result is an .npz file with `actions` [H, a]. With --num-samples R it
     also has `samples` [R, H, a], the index of the selected sample, and the spread of the samples.
+
+    Values in another unit than the robot's are not noticed; `torchpi doctor POLICY --inputs FILE.npz` checks them.
     """
 
     policy: PolicyPath

@@ -105,12 +105,13 @@ class DataConfig(_Checked):
     prompt: str | None = None
     """Instruction for all episodes, instead of their recorded tasks."""
     rename: tuple[str, ...] = ()
-    """Columns to rename (actions=action) or join (joint_position+gripper_position=observation.state)."""
+    """Rename columns and cameras to LeRobot's names, as OLD=NEW: state=observation.state actions=action.
+    Join columns with +: joint_position+gripper_position=observation.state."""
     fps: Positive | None = None
-    """Frames per second to read the dataset at, if the robot acts at another rate than the recording.
+    """Frames per second to resample the dataset to, if the robot is controlled at another rate.
     The nearest frames are read, and actions converted. By default the recorded rate, which must be control_hz."""
     tolerance_s: Positive | None = None
-    """Allowed error of timestamps and video frames, in seconds; by default a quarter of a frame."""
+    """Maximum error of timestamps and video frame times in seconds; by default a quarter of the frame interval."""
     mixture: Annotated[tuple[Source, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     """Several datasets (a list of objects in a recipe), mixed by weight; the policy is saved for the first robot."""
     norm_stats: str = "dataset"
