@@ -5,10 +5,16 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
 from torchpi.assets import assets
 from torchpi.errors import UsageError, closest, listed
@@ -33,6 +39,25 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
     )
+
+
+@REGISTRY.struct_rule
+def _without_empty_defaults(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Tyro rule that omits empty defaults, such as "(default: None)", from the help, whose text explains them."""
+    if not dataclasses.is_dataclass(info.type) or tyro.conf.DisallowNone in info.markers:
+        return None
+    inner = dataclasses.replace(info, markers=(*info.markers, tyro.conf.DisallowNone))  # so that this rule passes it on
+    spec = ConstructorRegistry.get_struct_spec(inner)
+    if not isinstance(spec, StructConstructorSpec):
+        return None
+    no_hint = tyro.conf.arg(help_behavior_hint="")
+    fields = [
+        dataclasses.replace(field, type=cast("Any", Annotated[field.type, no_hint]))
+        if field.default in (None, (), "")
+        else field
+        for field in spec.fields
+    ]
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def options_of(command: Any) -> dict[str, str]:
