@@ -81,10 +81,14 @@ class ControlSettings:
             check_command_list(self.action_commands)
         if self.limits is not None and not isinstance(self.limits, ActionLimits):
             raise ValueError(f"limits is {self.limits!r:.80}; expected ActionLimits.of(low, high, max_step=…).")
-        if not math.isfinite(self.ensemble_decay):
-            raise ValueError(f"ensemble_decay is {self.ensemble_decay}; expected a finite number.")
-        if self.start is not None and not np.isfinite(self.start).all():
-            raise ValueError(f"start is {self.start}, with NaN or infinity; it must be finite.")
+        if not isinstance(self.ensemble_decay, (int, float, np.number)) or not math.isfinite(self.ensemble_decay):
+            raise ValueError(f"ensemble_decay is {self.ensemble_decay!r:.80}; expected a finite number.")
+        if self.start is not None:
+            start = np.asarray(self.start)
+            if start.ndim != 1 or start.dtype.kind not in "iuf":
+                raise ValueError(f"start is {self.start!r:.80}; expected a list with one number per action dimension.")
+            if not np.isfinite(start).all():
+                raise ValueError(f"start is {self.start}, with NaN or infinity; it must be finite.")
 
     def rates(self, policy_hz: float | None) -> tuple[float, float]:
         """The rates of the policy and of the loop.
