@@ -91,6 +91,11 @@ def test_gripper_with_mirrored_mean_is_reported(tmp_path, capsys, mean, expected
     assert [text for text in entry["reasons"] if "inverted" in text] == expected
 
 
+def test_gripper_of_a_task_without_grasping_is_not_called_inverted():
+    at_rest = stats(np.append(LOW[:3], 0.99), HIGH, [-0.3, 1.1, 2.0, 0.995])
+    assert mirrored_grippers("state", NAMES, at_rest, THEIRS) == []
+
+
 def test_radians_are_distinguished_from_small_movements_in_degrees():
     theirs, ours = stats(*IN_DEGREES), stats(LOW, HIGH)
     expected = ["state pan, lift, elbow: looks like radians, but the statistics are in degrees"]

@@ -98,8 +98,9 @@ def mirrored_grippers(key: str, names: Sequence[str], ours: NormStats, theirs: N
     for i, name in enumerate(names):
         width, mean, their_mean = their_high[i] - their_low[i], ours.mean[i], theirs.mean[i]
         is_inside = low[i] >= their_low[i] - _MARGIN * width and high[i] <= their_high[i] + _MARGIN * width
+        is_used = high[i] - low[i] > width / 2  # a gripper that rests at one end is of a task that does not grasp
         from_mirrored = abs(their_low[i] + their_high[i] - their_mean - mean)
-        if is_gripper(name) and is_inside and abs(mean - their_mean) > max(0.3 * width, 3 * from_mirrored):
+        if is_gripper(name) and is_inside and is_used and abs(mean - their_mean) > max(0.3 * width, 3 * from_mirrored):
             reasons.append(
                 f"{key} {name}: the mean is {mean:.3g}, in the statistics {their_mean:.3g}, within {their_low[i]:.3g} "
                 f"to {their_high[i]:.3g}: inverted, or other tasks?"
