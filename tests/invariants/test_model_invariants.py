@@ -161,8 +161,8 @@ def test_arguments_that_are_not_an_observation_a_count_or_a_time_are_errors(gold
             model.compute_loss(observation, actions, flow_samples_per_obs=count)
         with pytest.raises(ValueError, match=f"num_samples must be a positive integer, got {count!r}"):
             model.sample_many(observation, num_samples=count)
-    for time in (0.0, 7.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"Time must be in \(0, 1\], .* got values from {time:g} to"):
+    for time in (-0.5, 7.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"Time must be in \[0, 1\], .* got values from {time:g} to"):
             model.compute_loss(observation, actions, time=torch.full((len(actions),), time))
     with pytest.raises(ValueError, match="Time must be a float32 tensor, got float"):
         model.compute_loss(observation, actions, noise=noise, time=0.5)

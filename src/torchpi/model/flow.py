@@ -69,11 +69,11 @@ def sample_time(batch: int, *, generator: torch.Generator | None = None, device:
 
 
 def check_time(time: Any) -> None:
-    """Raise a ModelError unless `time` is a tensor in (0, 1]. Values on a GPU are not checked (no sync)."""
+    """Raise a ModelError unless `time` is a tensor in [0, 1]. Values on a GPU are not checked (no sync)."""
     require_shape("Time", time)
-    if time.device.type == "cpu" and not bool(((time > 0) & (time <= 1)).all()):
+    if time.device.type == "cpu" and not bool(((time >= 0) & (time <= 1)).all()):
         raise ModelError(
-            f"Time must be in (0, 1], where 1 is noise, got values from {time.min():.4g} to {time.max():.4g}."
+            f"Time must be in [0, 1], where 1 is noise, got values from {time.min():.4g} to {time.max():.4g}."
         )
 
 
