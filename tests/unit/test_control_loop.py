@@ -564,6 +564,7 @@ class Policy:
     def infer(self, observation):
         return {{"actions": np.full((4, 1), 3, np.float32)}}
 
+signal.signal({number}, signal.SIG_DFL)  # nohup ignores SIGHUP, and children inherit that
 try:
     ControlLoop(Robot(), Policy()).run()
 finally:
