@@ -510,6 +510,9 @@ def test_path_of_a_missing_training_step_error_lists_the_steps(tmp_path):
         (tmp_path / step / "policy").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=re.escape(f" Steps in {tmp_path}: 00000500, 00001000.")):
         torchpi.load_policy(tmp_path / "00000700/policy")
+    with pytest.raises(FileNotFoundError) as raised:
+        torchpi.load_policy(tmp_path / "another")  # which is no step
+    assert "Steps in" not in str(raised.value)
 
 
 def test_missing_embodiment_error_lists_the_embodiments(checkpoint, tokenizer):

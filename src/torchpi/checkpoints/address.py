@@ -78,6 +78,8 @@ def _hint(path: str) -> str:
 def _steps_hint(path: pathlib.Path) -> str:
     """The existing steps of a training run, if `path` names another one."""
     parent = next((parent for parent in path.parents if parent.exists()), pathlib.Path())
+    if not path.relative_to(parent).parts[0].isdecimal():
+        return ""
     steps = sorted(folder.name for folder in parent.glob("[0-9]*") if folder.name.isdecimal())
     return f" Steps in {parent}: {', '.join(steps[-8:])}." if steps else ""
 

@@ -223,8 +223,10 @@ def require_normalizable_actions(dataset: LeRobotDataset, embodiment: Embodiment
     Raises:
         ValueError: a dimension is nearly always the same, so that quantile normalization blows up its other values.
     """
-    stats, kind = transforms.norm_stats["actions"], transforms.normalization["actions"].kind
-    low, high = stats.training_range(kind)
+    if transforms.normalization["actions"].kind != "quantile":
+        return
+    stats = transforms.norm_stats["actions"]
+    low, high = stats.training_range()
     normalized_rms = np.hypot(stats.mean - (low + high) / 2, stats.std) / ((high - low) / 2 + _EPS)
     names = embodiment.action_names
     blown_up = [
@@ -233,7 +235,7 @@ def require_normalizable_actions(dataset: LeRobotDataset, embodiment: Embodiment
         "instead of about 1)"
         for i in np.flatnonzero(normalized_rms[: len(names)] > _MAX_NORMALIZED_RMS)
     ]
-    if kind == "quantile" and blown_up:
+    if blown_up:
         raise DatasetError(
             f"The actions of {dataset.path} can't be trained with quantile normalization: "
             f"{first_of(blown_up, 3, '; ')}. Write the statistics with torchpi stats --out norm_stats.json, widen q01 "
