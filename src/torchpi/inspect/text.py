@@ -53,7 +53,7 @@ def print_comparison(left: Trace, right: Trace, console: Console) -> None:
     for title, rows in tables:
         cells = [[Text(cell, style=_KINDS[row.kind]) for cell in row] for row in rows]
         console.print("", title, grid(("", left.inputs.title, right.inputs.title), cells), sep="\n")
-    console.print("\nbold: only one model has it. normal: the sizes differ. grey: the same in both.")
+    console.print("\nbold: only one model has it. normal: the values differ. grey: the same in both.")
 
 
 def _header(trace: Trace) -> Panel:
